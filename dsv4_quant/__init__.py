@@ -1,0 +1,3 @@
+"""Convert, requantise, prove, repack and verify DeepSeek-V4 checkpoints."""
+
+__version__ = "0.1.0"

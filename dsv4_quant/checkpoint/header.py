@@ -1,0 +1,213 @@
+"""The safetensors header: a strict parser, and the writer whose bytes equal safetensors' own.
+
+A file is 8 bytes of little-endian length N, N bytes of JSON padded with blanks, then tensor data.
+The JSON maps names to ``{"dtype", "shape", "data_offsets": [begin, end]}``. This parser needs no
+torch, and rejects what the safetensors library (0.8) lets through too: duplicate names, unknown
+fields, leading blanks, names that are paths, floats where integers belong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsv4_quant.errors import HeaderError
+
+MAX_HEADER_BYTES = 64 << 20
+"""A 1.6 TB checkpoint in one file needs 19 MB; safetensors itself stops at 100 MB."""
+
+MAX_NAME_LENGTH = 512
+MAX_DIMS = 8
+MAX_SIZE = 1 << 50
+"""No file is a petabyte: products of shapes beyond it are lies."""
+
+# safetensors sorts a file's tensors by dtype in this order, then by name.
+DTYPE_ORDER = (
+    "U64", "I64", "C64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
+    "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+)  # fmt: skip
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_ORDER)}
+_BITS = {
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F32": 32, "U32": 32, "I32": 32, "BF16": 16,
+    "F16": 16, "U16": 16, "I16": 16, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in a file; ``start`` and ``end`` count from the first byte of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A file's tensors in the order of their data, and where the data starts."""
+
+    entries: dict[str, Entry]
+    data_start: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return max((entry.end for entry in self.entries.values()), default=0)
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header of a file. Raises HeaderError that names file and tensor."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(8)
+            if len(raw) < 8:
+                _fail(f"The file has {size} bytes, too few for a safetensors header", path)
+            length = int.from_bytes(raw, "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                _fail(
+                    f"The header claims {length:,} bytes; the file has {size:,}"
+                    f" and {MAX_HEADER_BYTES:,} is the most this tool reads",
+                    path,
+                    hint="Not a safetensors file, or a download that stopped early.",
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise HeaderError(f"The file cannot be read: {error.strerror}", file=path) from None
+    return parse_header(text, size - 8 - length, path)
+
+
+def parse_header(text: bytes, data_bytes: int, path: Path | str) -> Header:
+    """Checks a header's JSON against the size of the data that follows it."""
+    if not text.startswith(b"{"):
+        _fail("The header does not start with '{'", path, hint="Not a safetensors file.")
+    try:
+        pairs = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_pairs,
+            parse_float=_not_an_integer,
+            parse_constant=_not_an_integer,
+            parse_int=_integer,
+        )
+    except (ValueError, RecursionError) as error:
+        _fail(f"The header is not the JSON of a safetensors file: {_clip(str(error))}", path)
+    metadata = pairs.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _fail("__metadata__ is not an object of strings", path)
+    entries = {name: _entry(name, value, path) for name, value in pairs.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+    _check_tiling(ordered, data_bytes, path)
+    return Header(ordered, 8 + len(text), metadata)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
+        raise ValueError(f"the name {_clip(twice)!r} occurs twice")
+    return found
+
+
+def _not_an_integer(text: str) -> NoReturn:
+    raise ValueError(f"{_clip(text)} is not an integer")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 19:
+        raise ValueError(f"{_clip(text)} is too large")
+    return int(text)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _entry(name: str, value: Any, path: Path | str) -> Entry:
+    _check_name(name, path)
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        _fail("A header entry has other fields than dtype, shape, data_offsets", path, name)
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        _fail(f"Unknown dtype {_clip(repr(dtype))}", path, name)
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        _fail(f"The shape {_clip(repr(shape))} is not a list of sizes", path, name)
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        _fail(f"data_offsets {_clip(repr(offsets))} are not [begin, end]", path, name)
+    bits = prod(shape) * _BITS[dtype]
+    if bits > 8 * MAX_SIZE or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        _fail(
+            f"{dtype} {_clip(repr(shape))} does not fill data_offsets {_clip(repr(offsets))}",
+            path,
+            name,
+        )
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_SIZE for v in value)
+
+
+def _check_name(name: str, path: Path | str) -> None:
+    bad = not name or len(name) > MAX_NAME_LENGTH or not name.isprintable()
+    if bad or any(mark in name for mark in ("/", "\\", "..")):
+        _fail(f"The tensor name {_clip(repr(name))} is empty, too long or a path", path)
+
+
+def _check_tiling(entries: dict[str, Entry], data_bytes: int, path: Path | str) -> None:
+    """The tensors must cover the data exactly: no gap, no overlap, nothing after the last."""
+    end = 0
+    for name, entry in entries.items():
+        if entry.start != end:
+            what = "overlaps the tensor before it" if entry.start < end else "leaves a gap"
+            _fail(f"The data of a tensor {what} (at byte {entry.start:,}, not {end:,})", path, name)
+        end = entry.end
+    if end != data_bytes:
+        _fail(
+            f"The header describes {end:,} bytes of data, the file holds {data_bytes:,}",
+            path,
+            hint="Truncated by a stopped download or copy; fetch the file again."
+            if end > data_bytes
+            else "Something was appended to the file; fetch it again.",
+        )
+
+
+def _fail(
+    what: str, path: Path | str, tensor: str | None = None, hint: str | None = None
+) -> NoReturn:
+    raise HeaderError(what, file=path, tensor=tensor, hint=hint)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, Entry]]:
+    """The first bytes of a file (length included) for tensors (name, dtype, shape).
+
+    Byte-identical to what safetensors writes without metadata: sorted by dtype and name, compact
+    JSON, padded with blanks so that the data starts at a multiple of 8.
+    """
+    entries: dict[str, Entry] = {}
+    end = 0
+    for name, dtype, shape in sorted(tensors, key=lambda t: (_RANK[t[1]], t[0])):
+        start, end = end, end + prod(shape) * _BITS[dtype] // 8
+        entries[name] = Entry(dtype, shape, start, end)
+    text = json.dumps(
+        {
+            name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]}
+            for name, e in entries.items()
+        },
+        separators=(",", ":"),
+        ensure_ascii=False,
+    ).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, entries

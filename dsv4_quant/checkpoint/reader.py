@@ -1,0 +1,231 @@
+"""One reader for both layouts: whole logical tensors, or ranges of their rows.
+
+Rank files are stitched together here and nowhere else. Reads are plain ``pread`` calls, so they
+can run on many threads, leave no mapped memory behind, and notice a file that was cut short.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsv4_quant.catalogue import Catalogue, Layout, StoredTensor, TensorSpec, stored
+from dsv4_quant.checkpoint.folder import INDEX, Folder, check_inside, survey
+from dsv4_quant.checkpoint.matching import match, placed
+from dsv4_quant.checkpoint.placement import geometry
+from dsv4_quant.config import ModelConfig, read_config
+from dsv4_quant.errors import Dsv4Error, SourceChangedError, UnreadableError
+from dsv4_quant.formats.blocks import CODES, SCALES, Tensor
+
+CONFIGS = ("config.json", "inference/config.json")
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where one piece of a stored tensor lies: a rectangle of its bytes in one file."""
+
+    file: str
+    offset: int
+    row: int
+    rows: int
+    column: int
+    row_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A stored tensor and its extents; ``copies`` are the other ranks' identical ones."""
+
+    tensor: StoredTensor
+    rows: int
+    row_bytes: int
+    extents: tuple[Extent, ...]
+    copies: tuple[Extent, ...] = ()
+
+
+class Checkpoint:
+    """A checkpoint whose names, shapes and formats are all as its config implies."""
+
+    def __init__(self, folder: Folder, config: ModelConfig, catalogue: Catalogue) -> None:
+        self.root = folder.root
+        self.layout: Layout = folder.layout
+        self.gpus = folder.gpus
+        self.folder = folder
+        self.config = config
+        self.catalogue = catalogue
+        self._files = _OpenFiles(folder.root)
+
+    @classmethod
+    def open(cls, root: str | Path, config: Path | None = None) -> Checkpoint:
+        """Reads config, index and headers. Raises UnreadableError if anything is wrong."""
+        folder, parsed, catalogue = inspect_folder(Path(root), config)
+        if folder.problems:
+            raise summary(folder)
+        assert parsed is not None and catalogue is not None
+        return cls(folder, parsed, catalogue)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every logical weight by name, in the model's order."""
+        return self.catalogue.specs
+
+    def stored(self, spec: TensorSpec) -> tuple[StoredTensor, ...]:
+        """A weight's tensors on disk: codes, and scales if it is quantised."""
+        return stored(spec, self.layout)
+
+    def locate(self, tensor: StoredTensor) -> Located:
+        """Where a stored tensor's bytes are."""
+        extents = []
+        for piece in placed(tensor, self.catalogue, self.folder):
+            if self.layout == "mp":
+                file = f"model{piece.rank}-mp{self.gpus}.safetensors"
+            else:
+                file = self._shard_of(tensor.name)
+            header = self.folder.headers[file]
+            offset = header.data_start + header.entries[tensor.name].start
+            extents.append(
+                Extent(file, offset, piece.row, piece.rows, piece.column, piece.row_bytes)
+            )
+        rows, row_bytes = geometry(tensor)
+        whole = 1 if tensor.spec.split is None else len(extents)
+        return Located(tensor, rows, row_bytes, tuple(extents[:whole]), tuple(extents[whole:]))
+
+    def _shard_of(self, name: str) -> str:
+        if self.folder.index:
+            return self.folder.index[name]
+        return next(iter(self.folder.headers))
+
+    def read(self, name: str) -> Tensor:
+        """A whole logical weight."""
+        return self.read_rows(name, 0, self.specs[name].matrix[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a weight's matrix view; a vector is one row.
+
+        For a quantised weight ``start`` must be a multiple of its block's rows; the scales
+        returned are those of the rows' blocks.
+        """
+        spec = self.specs[name]
+        weight, *scale = self.stored(spec)
+        codes = self.read_bytes(self.locate(weight), start, stop).view(CODES[spec.format.kind])
+        whole = (start, stop) == (0, spec.matrix[0])
+        shape = spec.shape if whole else (stop - start, spec.matrix[1])
+        if not scale:
+            return Tensor(spec.format, shape, codes.reshape(shape))
+        assert spec.format.block is not None and spec.format.scale is not None
+        b = spec.format.block[0]
+        assert start % b == 0, "rows must start at a block"
+        held = self.read_bytes(self.locate(scale[0]), start // b, -(-stop // b))
+        return Tensor(spec.format, shape, codes, held.view(SCALES[spec.format.scale]))
+
+    def read_bytes(
+        self, located: Located, start: int, stop: int, out: Bytes | None = None
+    ) -> Bytes:
+        """Bytes ``[stop - start, row_bytes]`` of rows of a stored tensor, stitched from ranks."""
+        width = located.row_bytes
+        buffer = np.empty((stop - start, width), np.uint8) if out is None else out
+        for extent in located.extents:
+            first, last = max(start, extent.row), min(stop, extent.row + extent.rows)
+            if first >= last:
+                continue
+            offset = extent.offset + (first - extent.row) * extent.row_bytes
+            part = buffer[first - start : last - start]
+            if extent.row_bytes == width:
+                self.read_into(extent.file, offset, part)
+            else:
+                slices = np.empty((last - first, extent.row_bytes), np.uint8)
+                self.read_into(extent.file, offset, slices)
+                part[:, extent.column : extent.column + extent.row_bytes] = slices
+        return buffer
+
+    def read_into(self, file: str, offset: int, out: NDArray[Any]) -> None:
+        """Fills a contiguous array from a file. Raises SourceChangedError at a short read."""
+        view = memoryview(out).cast("B") if out.size else memoryview(b"")
+        done = 0
+        try:
+            fd = self._files.descriptor(file)
+            while done < len(view):
+                count = os.preadv(fd, [view[done:]], offset + done)
+                if count == 0:
+                    raise SourceChangedError(
+                        "The file became shorter while it was read",
+                        file=self.root / file,
+                        hint="Restore it and run the same command again.",
+                    )
+                done += count
+        except OSError as error:
+            raise SourceChangedError(
+                f"The file cannot be read any more: {error.strerror}",
+                file=self.root / file,
+                hint="Restore it and run the same command again.",
+            ) from None
+
+    def close(self) -> None:
+        """Closes the files that were opened for reading."""
+        self._files.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def inspect_folder(
+    root: Path, config: Path | None = None
+) -> tuple[Folder, ModelConfig | None, Catalogue | None]:
+    """Everything that headers and config can tell, with every problem listed in the folder."""
+    folder = survey(root)
+    path = config or next((root / c for c in CONFIGS if (root / c).exists()), root / CONFIGS[0])
+    try:
+        if config is None:
+            check_inside(root, path)
+        parsed = read_config(path)
+    except Dsv4Error as error:
+        folder.problems.append(error)
+        return folder, None, None
+    return folder, parsed, match(folder, parsed, path)
+
+
+def summary(folder: Folder) -> Dsv4Error:
+    """One error for all problems of a folder: the first, and how many more there are."""
+    first, more = folder.problems[0], len(folder.problems) - 1
+    if not more:
+        return first
+    hint = f"{more} more problem{'s' if more > 1 else ''}; `dsv4-quant verify` lists all."
+    kind = type(first) if isinstance(first, UnreadableError) else UnreadableError
+    joined = f"{first.hint} {hint}" if first.hint else hint
+    return kind(first.what, file=first.file, tensor=first.tensor, hint=joined)
+
+
+class _OpenFiles:
+    """Descriptors of the source files, opened once and shared by all threads."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._open: dict[str, int] = {}
+
+    def descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+            return self._open[name]
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._open.values():
+                os.close(fd)
+            self._open.clear()
+
+
+__all__ = ["INDEX", "Checkpoint", "Extent", "Located", "inspect_folder", "summary"]
