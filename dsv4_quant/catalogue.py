@@ -22,13 +22,16 @@ from math import gcd, prod
 from typing import Literal
 
 from dsv4_quant.config import ModelConfig
-from dsv4_quant.errors import UsageError
+from dsv4_quant.errors import UsageError, some
 from dsv4_quant.formats.blocks import BF16, BITS, F32, FP4, I64, Format, fp8
 
 Split = Literal[0, 1, "expert"] | None
 """Over GPUs: along that axis, whole experts by index range, or (None) a copy on every GPU."""
 
 Layout = Literal["hf", "mp"]
+
+Kind = Literal["dense", "expert", "wo_a", "fixed"]
+"""Which of the Formats a weight follows; fixed ones are stored the same everywhere."""
 
 CSA_RATIO = 4
 """The ratio whose compressor overlaps two series and whose layers have an indexer."""
@@ -134,6 +137,7 @@ class TensorSpec:
     format: Format
     split: Split
     role: str
+    kind: Kind = "fixed"
     layer: int | None = None
     expert: int | None = None
 
@@ -246,6 +250,7 @@ class Catalogue:
                 format=self._format(row),
                 split=row.split,
                 role="mtp" if prefix.startswith("mtp.") else row.role,
+                kind="fixed" if isinstance(row.kind, Format) else row.kind,
                 layer=layer,
                 expert=expert,
             )
@@ -311,9 +316,7 @@ def published_formats(config: ModelConfig) -> Formats:
 
     Without expert_dtype, the first V4-Flash revision means FP4, the flat dialect FP8.
     """
-    dense = fp8(config.fp8_block)
-    if config.weight_block_size is None and not config.is_flat:
-        dense = BF16
+    dense = BF16 if config.weight_block_size is None else fp8(config.fp8_block)
     unsaid = dense if config.is_flat or dense == BF16 else FP4
     experts = {"fp4": FP4, "fp8": fp8(config.fp8_block), "bf16": BF16, None: unsaid}
     return Formats(experts=experts[config.expert_dtype], dense=dense, wo_a=dense)
@@ -331,7 +334,7 @@ def check_gpus(catalogue: Catalogue, gpus: int) -> None:
     """Raises UsageError that names what cannot be split, and the counts that work."""
     bad = {what: count for what, count in _split_units(catalogue) if gpus < 1 or count % gpus}
     if bad:
-        reasons = ", ".join(f"{what} ({count})" for what, count in sorted(bad.items()))
+        reasons = some((f"{what} ({count})" for what, count in bad.items()), limit=4)
         counts = ", ".join(map(str, possible_gpus(catalogue)))
         raise UsageError(
             f"This model cannot be split over {gpus} GPUs: {gpus} does not divide {reasons}",

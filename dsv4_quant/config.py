@@ -7,19 +7,22 @@ a config comes from a stranger; an unknown key is an error that names it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv4_quant import strict_json
+from dsv4_quant.config_keys import Keys
 from dsv4_quant.errors import ConfigError, some
 
 FP8_BLOCK = (128, 128)
 """Block of FP8 weights where the config does not say (the flat dialect never does)."""
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_TENSORS = 4_000_000
+MAX_CONFIG_VALUES = 50_000
+MAX_TENSORS = 1_000_000
+"""V4-Pro-0813, the largest release, has 149,782."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class ModelConfig:
     num_nextn_predict_layers: int = 0
     expert_dtype: str | None = None
     weight_block_size: tuple[int, int] | None = None
-    """None where the config holds no quantization_config (all BF16, or the flat dialect)."""
+    """None where the config says that nothing is quantised."""
     dspark_target_layer_ids: tuple[int, ...] = ()
     dspark_markov_rank: int = 0
     is_flat: bool = False
@@ -128,19 +131,43 @@ _FLOATS = (
 )
 _OPTIONAL_FLOATS = ("rms_norm_eps", "hc_eps")
 _SCORING = ("sqrtsoftplus", "sigmoid", "softmax")
+_REQUIRED = frozenset((*_INTS, *_FLOATS, "compress_ratios", "scoring_func"))
+
+# Keys that would change the tensors or the arithmetic, if they ever said anything else.
+_FIXED: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
 
 # Keys that say nothing about the weights' layout; accepted and carried along.
 _CARRIED = frozenset(
-    "architectures attention_bias attention_dropout bos_token_id eos_token_id pad_token_id"
-    " hidden_act initializer_range max_position_embeddings model_type norm_topk_prob"
-    " num_key_value_heads tie_word_embeddings topk_method torch_dtype dtype transformers_version"
-    " use_cache dspark_block_size dspark_noise_token_id _name_or_path auto_map".split()
-)
+    (
+        "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+        "initializer_range", "max_position_embeddings", "torch_dtype", "dtype",
+        "transformers_version", "use_cache", "dspark_block_size", "dspark_noise_token_id",
+        "_name_or_path", "auto_map",
+    )
+)  # fmt: skip
 _QUANTIZATION = frozenset(
-    "activation_scheme fmt quant_method scale_fmt weight_block_size expert_dtype"
-    " modules_to_not_convert ignored_layers dequantize".split()
+    (
+        "activation_scheme", "fmt", "quant_method", "scale_fmt", "weight_block_size",
+        "expert_dtype", "modules_to_not_convert", "ignored_layers", "dequantize",
+    )
+)  # fmt: skip
+_QUANTIZATION_CHOICES: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3", None),
+    "scale_fmt": ("ue8m0", "float32", None),
+}
+_ROPE = frozenset(
+    ("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 )
-_FLAT = {
+FLAT_KEYS = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "moe_inter_dim": "moe_intermediate_size",
@@ -178,13 +205,14 @@ _FLAT = {
 }
 """The flat dialect's keys -> config.json's. The inverse writes inference/config.json."""
 
-_FLAT_ROPE = {
+FLAT_ROPE_KEYS = {
     "original_seq_len": "original_max_position_embeddings",
     "rope_factor": "factor",
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
 }
-_FLAT_CARRIED = frozenset(("dtype", "scale_fmt", "max_batch_size", "max_seq_len", "n_mtp_layers"))
+_FLAT_CARRIED = frozenset(("dtype", "scale_fmt", "max_batch_size", "max_seq_len"))
+_FLAT_SPELLING = {key: short for short, key in (FLAT_KEYS | FLAT_ROPE_KEYS).items()}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -192,19 +220,12 @@ def read_config(path: Path) -> ModelConfig:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError("The config is larger than 1 MiB, no model's config is", file=path)
-        raw = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        raw = strict_json.parse(path.read_bytes(), max_values=MAX_CONFIG_VALUES)
     except OSError as error:
         raise ConfigError(f"The config cannot be read: {error.strerror}", file=path) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"The config is not valid JSON: {error}", file=path) from None
     return parse_config(raw, path)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
 
 
 def parse_config(raw: Any, path: Path | str = "config.json") -> ModelConfig:
@@ -212,162 +233,128 @@ def parse_config(raw: Any, path: Path | str = "config.json") -> ModelConfig:
     if not isinstance(raw, dict):
         raise ConfigError("The config is not a JSON object", file=path)
     if "dim" in raw and "hidden_size" not in raw:
-        return _build(_from_flat(raw, path), raw, path, is_flat=True)
-    return _build(raw, raw, path, is_flat=False)
+        return _build(_from_flat(raw, path), raw, is_flat=True)
+    return _build(Keys(raw, path), raw, is_flat=False)
 
 
-def _from_flat(raw: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
-    unknown = set(raw) - set(_FLAT) - set(_FLAT_ROPE) - _FLAT_CARRIED
-    if unknown:
-        raise ConfigError(f"Unknown keys in the inference config: {some(unknown)}", file=path)
-    found = {_FLAT[key]: value for key, value in raw.items() if key in _FLAT}
-    if raw.get("original_seq_len"):
-        found["rope_scaling"] = {_FLAT_ROPE[k]: v for k, v in raw.items() if k in _FLAT_ROPE}
-        found["rope_scaling"]["type"] = "yarn"
-    if "num_nextn_predict_layers" not in found:  # April's code builds one block, unasked
-        ratios, layers = found.get("compress_ratios"), found.get("num_hidden_layers")
-        if isinstance(ratios, list) and isinstance(layers, int):
-            found["num_nextn_predict_layers"] = len(ratios) - layers
-    return found
-
-
-def _build(
-    keys: Mapping[str, Any], raw: Mapping[str, Any], path: Path | str, *, is_flat: bool
-) -> ModelConfig:
-    known = set(ModelConfig.__dataclass_fields__) | _CARRIED | {"quantization_config"}
-    unknown = set(keys) - (known - {"raw", "is_flat", "weight_block_size"})
+def _from_flat(raw: Mapping[str, Any], path: Path | str) -> Keys:
+    unknown = raw.keys() - FLAT_KEYS.keys() - FLAT_ROPE_KEYS.keys() - _FLAT_CARRIED
     if unknown:
         raise ConfigError(
-            f"Unknown keys: {some(unknown)}",
+            f"Unknown keys in the inference config: {some(map(strict_json.clip, unknown))}",
             file=path,
-            hint="This tool refuses to guess what they mean for the weights; remove them from the"
-            " config if they mean nothing.",
         )
-    fields: dict[str, Any] = {
-        key: _int(keys, key, least, most, path) for key, (least, most) in _INTS.items()
-    }
-    fields |= {key: _float(keys, key, path) for key in _FLOATS}
-    fields |= {key: _float(keys, key, path) for key in _OPTIONAL_FLOATS if key in keys}
-    fields["compress_ratios"] = _ints(keys, "compress_ratios", path)
-    fields["scoring_func"] = _choice(keys, "scoring_func", _SCORING, path)
-    fields["rope_scaling"] = _rope(keys.get("rope_scaling"), path)
+    found = {FLAT_KEYS[key]: value for key, value in raw.items() if key in FLAT_KEYS}
+    if raw.get("original_seq_len"):
+        rope = {FLAT_ROPE_KEYS[key]: raw[key] for key in FLAT_ROPE_KEYS if key in raw}
+        found["rope_scaling"] = rope | {"type": "yarn"}
+    if "n_mtp_layers" not in raw:  # April's code builds one block, unasked
+        ratios, layers = raw.get("compress_ratios"), raw.get("n_layers")
+        if isinstance(ratios, list) and isinstance(layers, int):
+            found["num_nextn_predict_layers"] = max(0, len(ratios) - layers)
+    said = Keys({"dtype": "fp8", "scale_fmt": None, **raw}, path)
+    said.choice("scale_fmt", _QUANTIZATION_CHOICES["scale_fmt"])
+    if said.choice("dtype", ("fp8", "bf16")) == "fp8":
+        found["quantization_config"] = {"weight_block_size": list(FP8_BLOCK)}
+    return Keys(found, path, _FLAT_SPELLING)
+
+
+def _build(keys: Keys, raw: Mapping[str, Any], *, is_flat: bool) -> ModelConfig:
+    for key, value in _FIXED.items():
+        if key in keys:
+            keys.choice(key, (value,))
+    _refuse_unknown(keys)
+    keys.require(_REQUIRED)
+    fields: dict[str, Any] = {key: keys.integer(key, *bounds) for key, bounds in _INTS.items()}
+    fields |= {key: keys.number(key) for key in _FLOATS}
+    fields |= {key: keys.number(key) for key in _OPTIONAL_FLOATS if key in keys}
+    fields["compress_ratios"] = keys.integers("compress_ratios")
+    fields["scoring_func"] = keys.choice("scoring_func", _SCORING)
+    fields["rope_scaling"] = _rope(keys)
     if "num_nextn_predict_layers" in keys:
-        fields["num_nextn_predict_layers"] = _int(keys, "num_nextn_predict_layers", 0, 64, path)
-    quantization = keys.get("quantization_config")
-    fields["weight_block_size"] = _block(quantization, path)
-    nested = quantization.get("expert_dtype") if isinstance(quantization, dict) else None
-    expert_dtype = keys.get("expert_dtype", nested)
-    if expert_dtype not in (None, "fp4", "fp8", "bf16"):
-        raise ConfigError(f"expert_dtype {expert_dtype!r} is not fp4, fp8 or bf16", file=path)
-    fields["expert_dtype"] = expert_dtype
-    if keys.get("dspark_target_layer_ids"):
-        fields["dspark_target_layer_ids"] = _ints(keys, "dspark_target_layer_ids", path)
-        fields["dspark_markov_rank"] = _int(keys, "dspark_markov_rank", 1, 1 << 20, path)
+        fields["num_nextn_predict_layers"] = keys.integer("num_nextn_predict_layers", 0, 64)
+    fields["weight_block_size"] = _block(keys)
+    fields["expert_dtype"] = _expert_dtype(keys)
+    if keys.values.get("dspark_target_layer_ids"):
+        fields["dspark_target_layer_ids"] = keys.integers("dspark_target_layer_ids")
+        fields["dspark_markov_rank"] = keys.integer("dspark_markov_rank", 1, 1 << 20)
     config = ModelConfig(**fields, is_flat=is_flat, raw=dict(raw))
-    _check_together(config, path)
+    _check_together(config, keys)
     return config
 
 
-def _check_together(config: ModelConfig, path: Path | str) -> None:
+def _refuse_unknown(keys: Keys) -> None:
+    known = ModelConfig.__dataclass_fields__.keys() - {"raw", "is_flat", "weight_block_size"}
+    unknown = keys.values.keys() - known - _CARRIED - _FIXED.keys() - {"quantization_config"}
+    if unknown:
+        raise ConfigError(
+            f"Unknown keys: {some(map(strict_json.clip, unknown))}",
+            file=keys.path,
+            hint="This tool refuses to guess what they mean for the weights; remove them from the"
+            " config if they mean nothing.",
+        )
+
+
+def _check_together(config: ModelConfig, keys: Keys) -> None:
     """What no single key can say."""
     blocks = config.num_hidden_layers + config.num_mtp_blocks
     if config.is_dspark and config.num_mtp_blocks < 1:
-        raise ConfigError("DSpark keys, but compress_ratios has no entry for mtp blocks", file=path)
+        keys.fail("compress_ratios", "has no entry for the mtp blocks of the DSpark keys")
     if len(config.compress_ratios) < blocks:
-        raise ConfigError(
-            f"compress_ratios has {len(config.compress_ratios)} entries for {blocks} blocks",
-            file=path,
+        keys.fail(
+            "compress_ratios", f"has {len(config.compress_ratios)} entries for {blocks} blocks"
         )
     if any(config.compress_ratios[config.num_hidden_layers : blocks]):
-        raise ConfigError("compress_ratios is not 0 for an mtp block", file=path)
+        keys.fail("compress_ratios", "is not 0 for an mtp block")
     if config.num_attention_heads * config.head_dim % config.o_groups:
-        raise ConfigError("o_groups does not divide num_attention_heads * head_dim", file=path)
+        keys.fail("o_groups", "does not divide the number of heads times head_dim")
     if config.num_experts_per_tok > config.n_routed_experts:
-        raise ConfigError("num_experts_per_tok is larger than n_routed_experts", file=path)
-    if max(config.qk_rope_head_dim - config.head_dim, config.qk_rope_head_dim % 2) > 0:
-        raise ConfigError("qk_rope_head_dim is odd or larger than head_dim", file=path)
+        keys.fail("num_experts_per_tok", "is larger than n_routed_experts")
+    if config.qk_rope_head_dim > config.head_dim or config.qk_rope_head_dim % 2:
+        keys.fail("qk_rope_head_dim", "is odd or larger than head_dim")
+    for key in ("hidden_size", "moe_intermediate_size"):
+        if getattr(config, key) % 2:
+            keys.fail(key, "is odd; FP4 packs two columns into a byte")
     if blocks * (6 * config.n_routed_experts + 64) > MAX_TENSORS:
-        raise ConfigError(f"The config implies more than {MAX_TENSORS:,} tensors", file=path)
+        keys.fail("n_routed_experts", f"implies more than {MAX_TENSORS:,} tensors")
 
 
-def _int(keys: Mapping[str, Any], key: str, least: int, most: int, path: Path | str) -> int:
-    value = _required(keys, key, path)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(
-            f"{key} is {_short(value)}, not an integer in {least}..{most}", file=path
-        )
-    return value
-
-
-def _float(keys: Mapping[str, Any], key: str, path: Path | str) -> float:
-    value = _required(keys, key, path)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise ConfigError(f"{key} is {_short(value)}, not a positive number", file=path)
-    return float(value)
-
-
-def _ints(keys: Mapping[str, Any], key: str, path: Path | str) -> tuple[int, ...]:
-    value = _required(keys, key, path)
-    good = isinstance(value, list) and len(value) <= 2048
-    if not good or not all(type(v) is int and 0 <= v < 1 << 20 for v in value):
-        raise ConfigError(f"{key} is {_short(value)}, not a list of small integers", file=path)
-    return tuple(value)
-
-
-def _choice(
-    keys: Mapping[str, Any], key: str, choices: tuple[str, ...], path: Path | str
-) -> str:
-    value = _required(keys, key, path)
-    if value not in choices:
-        raise ConfigError(f"{key} is {_short(value)}, not one of {', '.join(choices)}", file=path)
-    return str(value)
-
-
-def _required(keys: Mapping[str, Any], key: str, path: Path | str) -> Any:
-    if key not in keys:
-        raise ConfigError(
-            f"The key {key} is missing", file=path, hint="Is this a DeepSeek-V4 config?"
-        )
-    return keys[key]
-
-
-def _rope(value: Any, path: Path | str) -> RopeScaling | None:
-    if value is None:
+def _rope(keys: Keys) -> RopeScaling | None:
+    rope = keys.nested("rope_scaling", _ROPE)
+    if rope is None:
         return None
-    if not isinstance(value, dict):
-        raise ConfigError("rope_scaling is not an object", file=path)
-    if value.get("type", value.get("rope_type", "yarn")) != "yarn":
-        raise ConfigError(f"rope_scaling type {_short(value.get('type'))} is not yarn", file=path)
+    for key in ("type", "rope_type"):
+        if key in rope:
+            rope.choice(key, ("yarn",))
     return RopeScaling(
-        factor=_float(value, "factor", path),
-        original_max_position_embeddings=_int(
-            value, "original_max_position_embeddings", 1, 1 << 32, path
+        factor=rope.number("factor"),
+        original_max_position_embeddings=rope.integer(
+            "original_max_position_embeddings", 1, 1 << 32
         ),
-        beta_fast=_float({"beta_fast": 32, **value}, "beta_fast", path),
-        beta_slow=_float({"beta_slow": 1, **value}, "beta_slow", path),
+        **{key: rope.number(key) for key in ("beta_fast", "beta_slow") if key in rope},
     )
 
 
-def _block(value: Any, path: Path | str) -> tuple[int, int] | None:
-    if value is None:
+def _block(keys: Keys) -> tuple[int, int] | None:
+    quantization = keys.nested("quantization_config", _QUANTIZATION)
+    if quantization is None:
         return None
-    if not isinstance(value, dict):
-        raise ConfigError("quantization_config is not an object", file=path)
-    unknown = set(value) - _QUANTIZATION
-    if unknown:
-        raise ConfigError(f"Unknown keys in quantization_config: {some(unknown)}", file=path)
-    if value.get("quant_method", "fp8") != "fp8":
-        raise ConfigError(f"quant_method {_short(value['quant_method'])} is not fp8", file=path)
-    block = value.get("weight_block_size", list(FP8_BLOCK))
-    if (
-        not isinstance(block, list)
-        or len(block) != 2
-        or not all(type(v) is int and 1 <= v <= 1 << 16 for v in block)
-    ):
-        raise ConfigError(f"weight_block_size is {_short(block)}, not two integers", file=path)
-    return (block[0], block[1])
+    for key, choices in _QUANTIZATION_CHOICES.items():
+        if key in quantization:
+            quantization.choice(key, choices)
+    block = quantization.values.get("weight_block_size", list(FP8_BLOCK))
+    pair = block if isinstance(block, list) and len(block) == 2 else (0, 0)
+    if not all(type(size) is int and 1 <= size <= 1 << 16 for size in pair):
+        quantization.fail("weight_block_size", f"is {strict_json.shown(block)}, not two sizes")
+    return (pair[0], pair[1])
 
 
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "an integer"
-    return text if len(text) <= 60 else text[:57] + "..."
+def _expert_dtype(keys: Keys) -> str | None:
+    """At the top level, or in quantization_config where later releases and transformers put it."""
+    quantization = keys.values.get("quantization_config") or {}
+    nested, top = quantization.get("expert_dtype"), keys.values.get("expert_dtype")
+    if None not in (nested, top) and nested != top:
+        keys.fail("expert_dtype", "differs between the top level and quantization_config")
+    found = Keys({"expert_dtype": top if nested is None else nested}, keys.path)
+    chosen: str | None = found.choice("expert_dtype", (None, "fp4", "fp8", "bf16"))
+    return chosen

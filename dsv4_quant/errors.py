@@ -8,6 +8,7 @@ Dsv4Error                     base: one clear paragraph; carries file and tensor
 │   ├── ConfigError           config.json misses a field, has an unknown one or an absurd value
 │   ├── CatalogueError        names, shapes or formats differ from what the config implies
 │   └── ManifestError         dsv4-manifest.json cannot be read or contradicts itself
+├── NotANumberError           a weight holds NaN, or a scale byte is 0xFF
 ├── ValueNotExactError        a lossless conversion would change a value (names tensor and tile)
 ├── DiskSpaceError            the output does not fit on the disk
 ├── WriteError                the system refused a write: full disk, I/O error, vanished folder
@@ -84,6 +85,10 @@ class CatalogueError(UnreadableError):
 
 class ManifestError(UnreadableError):
     """dsv4-manifest.json cannot be read or contradicts itself."""
+
+
+class NotANumberError(Dsv4Error):
+    """A weight holds NaN, or a scale that is none."""
 
 
 class ValueNotExactError(Dsv4Error):

@@ -46,11 +46,11 @@ def block_dequant(
     assert fmt.block is not None
     values = decode_codes(as_bytes(codes), fmt)  # [..., N, K]
     factors = scale_values(scales).repeat_interleave(fmt.block[0], -2)[..., :rows, :]
-    whole = cols - cols % fmt.block[1]
-    inner = values[..., :whole].unflatten(-1, (-1, fmt.block[1]))  # [..., N, K // c, c]
-    inner *= factors[..., : inner.shape[-2], None]
-    if whole < cols:
-        values[..., whole:] *= factors[..., -1:]
+    whole, rest = divmod(cols, fmt.block[1])
+    inner = values[..., : cols - rest].unflatten(-1, (whole, fmt.block[1]))  # [..., N, K // c, c]
+    inner *= factors[..., :whole, None]
+    if rest:
+        values[..., cols - rest :] *= factors[..., whole:]
     return values.to(dtype)
 
 

@@ -25,15 +25,13 @@ def fp4_act_quant(x: Tensor, group: int = FP4_GROUP) -> tuple[Tensor, Tensor]:
 
     Args:
         x: ``[..., K]``, K even, float32 or bfloat16, any strides. The last group may be short.
-        group: values that share a scale.
+        group: values that share a scale, an even number.
 
     Returns:
         packed codes ``[..., K / 2]`` and scales ``[..., ceil(K / group)]`` (E8M0), both uint8.
     """
     check_float(x)
-    check_group(group)
-    if x.shape[-1] % 2:
-        raise ValueError(f"two codes share a byte: K must be even, not {x.shape[-1]}")
+    check_even(x, group)
     grouped = split_groups(x.float(), group)  # [..., G, group]
     amax = grouped.abs().amax(-1).clamp_min(FP4_AMAX_FLOOR)  # [..., G]
     scales = ceil_scale(amax, e2m1.MAX)
@@ -41,6 +39,15 @@ def fp4_act_quant(x: Tensor, group: int = FP4_GROUP) -> tuple[Tensor, Tensor]:
     codes = torch.where(scaled.isnan(), 0, _nearest(scaled)).flatten(-2)  # [..., G * group]
     codes = codes[..., : x.shape[-1]]
     return codes[..., 0::2] | codes[..., 1::2] << 4, scales
+
+
+def check_even(x: Tensor, group: int) -> None:
+    """A ValueError for codes or groups that would begin in the middle of a byte."""
+    check_group(group)
+    if x.shape[-1] % 2 or group % 2:
+        raise ValueError(
+            f"two codes share a byte: K and group must be even, not {x.shape[-1]} and {group}"
+        )
 
 
 def _nearest(values: Tensor) -> Tensor:

@@ -10,22 +10,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dsv4_quant import strict_json
 from dsv4_quant.errors import HeaderError
+from dsv4_quant.strict_json import shown
 
-MAX_HEADER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 32 << 20
 """A 1.6 TB checkpoint in one file needs 19 MB; safetensors itself stops at 100 MB."""
+
+MAX_HEADER_VALUES = 2_000_000
+"""A tensor has at most 8, and the same checkpoint 1.2 million; bounds the memory of parsing."""
 
 MAX_NAME_LENGTH = 512
 MAX_DIMS = 8
 MAX_SIZE = 1 << 50
 """No file is a petabyte: products of shapes beyond it are lies."""
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_PATH = re.compile(r"[/\\]|\.\.")
 
 # safetensors sorts a file's tensors by dtype in this order, then by name.
 DTYPE_ORDER = (
@@ -92,15 +100,9 @@ def parse_header(text: bytes, data_bytes: int, path: Path | str) -> Header:
     if not text.startswith(b"{"):
         _fail("The header does not start with '{'", path, hint="Not a safetensors file.")
     try:
-        pairs = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=_pairs,
-            parse_float=_not_an_integer,
-            parse_constant=_not_an_integer,
-            parse_int=_integer,
-        )
-    except (ValueError, RecursionError) as error:
-        _fail(f"The header is not the JSON of a safetensors file: {_clip(str(error))}", path)
+        pairs = strict_json.parse(text, max_values=MAX_HEADER_VALUES, integers_only=True)
+    except ValueError as error:
+        _fail(f"The header is not the JSON of a safetensors file: {error}", path)
     metadata = pairs.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _fail("__metadata__ is not an object of strings", path)
@@ -110,44 +112,22 @@ def parse_header(text: bytes, data_bytes: int, path: Path | str) -> Header:
     return Header(ordered, 8 + len(text), metadata)
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        twice = counts.most_common(1)[0][0]
-        raise ValueError(f"the name {_clip(twice)!r} occurs twice")
-    return found
-
-
-def _not_an_integer(text: str) -> NoReturn:
-    raise ValueError(f"{_clip(text)} is not an integer")
-
-
-def _integer(text: str) -> int:
-    if len(text) > 19:
-        raise ValueError(f"{_clip(text)} is too large")
-    return int(text)
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def _entry(name: str, value: Any, path: Path | str) -> Entry:
     _check_name(name, path)
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        _fail("A header entry has other fields than dtype, shape, data_offsets", path, name)
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
+        found = sorted(value) if isinstance(value, dict) else value
+        _fail(f"A header entry holds {shown(found)}, not dtype, shape, data_offsets", path, name)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        _fail(f"Unknown dtype {_clip(repr(dtype))}", path, name)
+        _fail(f"Unknown dtype {shown(dtype)}", path, name)
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        _fail(f"The shape {_clip(repr(shape))} is not a list of sizes", path, name)
+        _fail(f"The shape {shown(shape)} is not a list of sizes", path, name)
     if not _are_sizes(offsets) or len(offsets) != 2:
-        _fail(f"data_offsets {_clip(repr(offsets))} are not [begin, end]", path, name)
+        _fail(f"data_offsets {shown(offsets)} are not [begin, end]", path, name)
     bits = prod(shape) * _BITS[dtype]
     if bits > 8 * MAX_SIZE or bits % 8 or offsets[1] - offsets[0] != bits // 8:
         _fail(
-            f"{dtype} {_clip(repr(shape))} does not fill data_offsets {_clip(repr(offsets))}",
+            f"{dtype} {shape} does not fill data_offsets {offsets}",
             path,
             name,
         )
@@ -159,9 +139,8 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_name(name: str, path: Path | str) -> None:
-    bad = not name or len(name) > MAX_NAME_LENGTH or not name.isprintable()
-    if bad or any(mark in name for mark in ("/", "\\", "..")):
-        _fail(f"The tensor name {_clip(repr(name))} is empty, too long or a path", path)
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or _PATH.search(name):
+        _fail(f"The tensor name {shown(name)} is empty, too long or a path", path)
 
 
 def _check_tiling(entries: dict[str, Entry], data_bytes: int, path: Path | str) -> None:

@@ -83,6 +83,11 @@ class Tensor:
     codes: NDArray[Any]
     scales: NDArray[Any] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, scales included."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
     def decode(self) -> NDArray[np.float32]:
         """The values, float32 ``shape``. Integers are not weights: a TypeError for i64.
 

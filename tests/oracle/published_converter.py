@@ -20,8 +20,11 @@ from safetensors.torch import save_file
 
 # E2M1 by code. Code 8 is +0.0: the published table has no negative zero.
 FP4_VALUES = torch.tensor(
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0] + [0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-)
+    [
+        [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+        [0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0],
+    ]
+).flatten()
 TILE = 128
 FP4_BLOCK = 32
 HEADROOM = 2.0**6  # 6 * 2**6 = 384, the largest FP4 value times this still fits E4M3's 448
@@ -145,7 +148,8 @@ def convert(
     states: list[dict[str, torch.Tensor]] = [{} for _ in range(n_ranks)]
     for path in sorted(source.glob("*.safetensors")):
         with safe_open(path, framework="pt", device="cpu") as shard:
-            for stored_name in shard.keys():
+            stored_names = shard.keys()
+            for stored_name in stored_names:
                 name = local_name(stored_name)
                 if name is None:
                     continue

@@ -1,0 +1,175 @@
+"""The value digest: a hash of decoded values, the same in every format, layout and GPU count.
+
+Definition, version 1. A stranger can recompute it with numpy and a BLAKE3:
+
+1. A weight's values are decoded to float32 (code times scale; a vector is one row, a matrix
+   ``[R, C]``). -0 counts as +0. NaN has no digest: it is an error. Integers stay int64.
+2. The rows are cut into leaves of P consecutive rows, the last may be shorter; P is the largest
+   power of two with ``P * C <= 2**19``, at least 1.
+3. A leaf's bytes are its values in row-major order, little-endian: as BF16 (2 bytes each) if every
+   value of the leaf is exact in BF16, else as float32 (4); integers as int64 (8).
+4. Tensor digest = BLAKE3 of ``dsv4-value-digest 1 tensor RxC\\n`` followed by, per leaf in order,
+   one byte of width (2, 4 or 8) and the leaf's BLAKE3 (32 bytes).
+5. Model digest = BLAKE3 of ``dsv4-value-digest 1 model\\n`` followed by, per weight in ascending
+   order of names (by code point), the line ``NAME DIGEST\\n`` with the tensor digest in hex.
+
+Names are the weights' names on disk; ``.scale`` tensors are part of their weight and have none.
+Leaves are independent of each other, so they can be hashed in any order and on many threads, and
+each fits a core's cache: BLAKE3 was measured at 3.5 times the speed of SHA-256 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from dsv4_quant.errors import NotANumberError
+from dsv4_quant.formats.blocks import Tensor
+from dsv4_quant.kernels.canonical_numba import canonical_bf16, canonical_f32, f32_to_bf16
+from dsv4_quant.kernels.fp4_to_bf16_numba import fp4_to_bf16
+from dsv4_quant.kernels.fp8_to_bf16_numba import (
+    fp8_to_bf16_e8m0,
+    fp8_to_bf16_f32,
+    fp8_to_f32_e8m0,
+    fp8_to_f32_f32,
+)
+
+LEAF_VALUES = 1 << 19
+NOT_BF16, IS_NAN = 1, 2
+"""Flags of the kernels: some value is not exact in BF16; some value is NaN."""
+
+
+def leaf_rows(cols: int) -> int:
+    """P of the definition: rows per leaf for rows of ``cols`` values."""
+    fit = LEAF_VALUES // cols
+    return 1 if fit < 1 else 1 << (fit.bit_length() - 1)
+
+
+@dataclass(slots=True)
+class TensorDigest:
+    """Collects the leaves of one weight, in any order."""
+
+    rows: int
+    cols: int
+    _leaves: dict[int, bytes] = field(default_factory=dict)
+
+    def add(self, leaf: int, width: int, digest: bytes) -> None:
+        """One leaf: its index, bytes per value, and hash."""
+        self._leaves[leaf] = bytes([width]) + digest
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every leaf has been added."""
+        return len(self._leaves) == -(-self.rows // leaf_rows(self.cols))
+
+    def hexdigest(self) -> str:
+        """The tensor digest; every leaf must have been added."""
+        assert self.is_complete, "leaves are missing"
+        hasher = blake3(f"dsv4-value-digest 1 tensor {self.rows}x{self.cols}\n".encode())
+        for leaf in range(len(self._leaves)):
+            hasher.update(self._leaves[leaf])
+        return str(hasher.hexdigest())
+
+
+def model_digest(tensors: Mapping[str, str]) -> str:
+    """The model digest from the tensor digests (hex) by name."""
+    hasher = blake3(b"dsv4-value-digest 1 model\n")
+    for name in sorted(tensors):
+        hasher.update(f"{name} {tensors[name]}\n".encode())
+    return str(hasher.hexdigest())
+
+
+class LeafHasher:
+    """Hashes panels leaf by leaf. Not shared between threads: it reuses its buffers."""
+
+    def __init__(self) -> None:
+        self._bf16 = np.empty(0, np.uint16)
+        self._f32 = np.empty(0, np.float32)
+
+    def leaves(self, name: str, panel: Tensor, first_row: int) -> Iterator[tuple[int, int, bytes]]:
+        """(leaf index, width, hash) for each leaf of a panel of whole rows.
+
+        ``first_row`` must be a multiple of the leaf's rows and, for quantised weights, of the
+        block's. Raises NotANumberError that names the tensor and the rows.
+        """
+        rows, cols = panel.codes.shape[0], panel.shape[-1]
+        if len(panel.shape) == 1:
+            rows = 1
+        step = leaf_rows(cols)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            width, values = self._canonical(name, panel, start, stop, first_row)
+            yield (first_row + start) // step, width, blake3(memoryview(values).cast("B")).digest()
+
+    def _canonical(
+        self, name: str, panel: Tensor, start: int, stop: int, first_row: int
+    ) -> tuple[int, NDArray[Any]]:
+        """Bytes per value, and the values of rows [start, stop) in their canonical form."""
+        kind, cols = panel.format.kind, panel.shape[-1]
+        codes = panel.codes.reshape(-1, panel.codes.shape[-1])[start:stop]
+        if kind == "i64":
+            return 8, np.ascontiguousarray(codes)
+        bf16 = self._half(stop - start, cols)
+        if kind == "bf16":
+            flags = canonical_bf16(codes, bf16)
+        elif kind == "fp4":
+            assert panel.scales is not None and panel.format.block is not None
+            flags = fp4_to_bf16(codes, panel.scales[start:stop], panel.format.block[1], bf16)
+        elif kind == "fp8":
+            flags = self._fp8(panel, codes, start, bf16, None)
+        else:
+            flags = NOT_BF16
+        if flags & NOT_BF16:  # the definition's other form
+            single = self._single(stop - start, cols)
+            if kind == "fp8":
+                flags = self._fp8(panel, codes, start, bf16, single) & IS_NAN
+            elif kind == "fp4":
+                assert panel.scales is not None
+                part = Tensor(panel.format, (stop - start, cols), codes, panel.scales[start:stop])
+                single[:] = part.decode()
+                flags |= int(np.isnan(single).any()) * IS_NAN
+            else:
+                single[:] = codes
+            flags = (flags & IS_NAN) | canonical_f32(single, single)
+            if not flags & NOT_BF16:
+                f32_to_bf16(single, bf16)
+        if flags & IS_NAN:
+            where = f"rows {first_row + start}..{first_row + stop - 1}"
+            raise NotANumberError(
+                f"A weight holds NaN (or a NaN scale) in {where}",
+                tensor=name,
+                hint="The file is damaged, or was written by a broken tool; fetch it again.",
+            )
+        return (4, single) if flags & NOT_BF16 else (2, bf16)
+
+    def _fp8(
+        self,
+        panel: Tensor,
+        codes: NDArray[np.uint8],
+        row: int,
+        bf16: NDArray[np.uint16],
+        single: NDArray[np.float32] | None,
+    ) -> int:
+        assert panel.format.block is not None
+        rows, cols = panel.format.block
+        if single is not None:
+            to_f32 = fp8_to_f32_e8m0 if panel.format.scale == "e8m0" else fp8_to_f32_f32
+            return int(to_f32(codes, panel.scales, row, rows, cols, single))
+        to_bf16 = fp8_to_bf16_e8m0 if panel.format.scale == "e8m0" else fp8_to_bf16_f32
+        flags = int(to_bf16(codes, panel.scales, row, rows, cols, bf16))
+        return flags | int(canonical_bf16(bf16, bf16)) if not flags & NOT_BF16 else flags
+
+    def _half(self, rows: int, cols: int) -> NDArray[np.uint16]:
+        if self._bf16.size < rows * cols:
+            self._bf16 = np.empty(rows * cols, np.uint16)
+        return self._bf16[: rows * cols].reshape(rows, cols)
+
+    def _single(self, rows: int, cols: int) -> NDArray[np.float32]:
+        if self._f32.size < rows * cols:
+            self._f32 = np.empty(rows * cols, np.float32)
+        return self._f32[: rows * cols].reshape(rows, cols)

@@ -1,0 +1,54 @@
+"""The value digests of a checkpoint: streaming, on several threads, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
+from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
+from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.progress import NoProgress, Progress
+
+
+def digest_tensors(
+    checkpoint: Checkpoint,
+    names: Iterable[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Hex digests by name, of all weights or of those named.
+
+    Raises NotANumberError at the first NaN, SourceChangedError when a file is cut short.
+    """
+    progress = progress or NoProgress()
+    chosen = list(checkpoint.specs if names is None else names)
+    progress.total(sum(_nbytes(checkpoint, name) for name in chosen))
+    found: dict[str, TensorDigest] = {}
+
+    def panels() -> Iterator[tuple[str, int, int]]:
+        for name in chosen:
+            spec = checkpoint.specs[name]
+            found[name] = TensorDigest(*spec.matrix)
+            for start, stop in row_ranges(spec.matrix[0], panel_rows(spec, ())):
+                yield name, start, stop
+
+    def worker() -> Callable[[tuple[str, int, int]], None]:
+        hasher = LeafHasher()
+
+        def work(item: tuple[str, int, int]) -> None:
+            name, start, stop = item
+            panel = checkpoint.read_rows(name, start, stop)
+            for leaf in hasher.leaves(name, panel, start):
+                found[name].add(*leaf)
+            progress.advance(panel.nbytes)
+
+        return work
+
+    work_in_threads(panels(), worker, workers or os.cpu_count() or 1)
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def _nbytes(checkpoint: Checkpoint, name: str) -> int:
+    return sum(tensor.nbytes for tensor in checkpoint.stored(checkpoint.specs[name]))

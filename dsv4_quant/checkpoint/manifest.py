@@ -1,0 +1,172 @@
+"""dsv4-manifest.json and SHA256SUMS: what a checkpoint's files and values must be.
+
+Written in the same pass as the data, last of all files. There is no date and no path in it, so the
+same conversion makes the same bytes. SHA256SUMS covers every other file, the manifest included,
+in the form that ``sha256sum -c`` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv4_quant.checkpoint.digest import model_digest
+from dsv4_quant.errors import ManifestError
+
+MANIFEST = "dsv4-manifest.json"
+SUMS = "SHA256SUMS"
+VERSION = 1
+MAX_BYTES = 256 << 20
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of the checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One logical weight: how it is stored, and the digest of its values."""
+
+    format: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What the exact casts of a conversion proved, per operation.
+
+    ``tiles`` were all found exact; ``spreads[s]`` of them had scale exponents s apart (blocks of
+    zeros not counted); ``worst`` names the first tile with the largest spread.
+    """
+
+    tiles: int = 0
+    tensors: int = 0
+    spreads: dict[int, int] = field(default_factory=dict)
+    worst: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole file, as an object."""
+
+    tool: str
+    layout: str
+    gpus: int
+    formats: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    certificate: Mapping[str, Certificate] = field(default_factory=dict)
+
+    @property
+    def value_digest(self) -> str:
+        """The whole model's value digest."""
+        return model_digest({name: record.digest for name, record in self.tensors.items()})
+
+    def to_json(self) -> bytes:
+        """The file's bytes: readable, stable, one line per file and per tensor."""
+        head = {
+            "version": VERSION,
+            "tool": self.tool,
+            "value_digest": self.value_digest,
+            "layout": self.layout,
+            "gpus": self.gpus,
+            "formats": dict(self.formats),
+            "source": dict(self.source),
+            "options": dict(self.options),
+            "certificate": {op: asdict(proof) for op, proof in self.certificate.items()},
+        }
+        text = json.dumps(head, indent=2)[:-2]
+        text += ',\n  "files": ' + _lines({n: asdict(r) for n, r in sorted(self.files.items())})
+        text += ',\n  "tensors": ' + _lines(
+            {n: asdict(r) for n, r in sorted(self.tensors.items())}
+        )
+        return (text + "\n}\n").encode()
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    rows = (f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
+    return "{\n" + ",\n".join(rows) + "\n  }"
+
+
+def sums(files: Mapping[str, FileRecord]) -> bytes:
+    """SHA256SUMS for these files."""
+    return "".join(f"{record.sha256}  {name}\n" for name, record in sorted(files.items())).encode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises ManifestError when it cannot be read, or breaks its own rules."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestError("The manifest is larger than 256 MiB", file=path)
+        raw = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        return _parse(raw)
+    except OSError as error:
+        raise ManifestError(f"The manifest cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ManifestError(
+            f"The manifest is not one that this tool writes: {error!r}"[:300],
+            file=path,
+            hint="Make a new one with `dsv4-quant manifest`, if you trust the files.",
+        ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _parse(raw: Any) -> Manifest:
+    if raw["version"] != VERSION:
+        raise ValueError(f"version {raw['version']!r}, this tool reads {VERSION}")
+    files = {name: FileRecord(**record) for name, record in raw["files"].items()}
+    for name, file_record in files.items():
+        if not _is_plain(name) or type(file_record.bytes) is not int:
+            raise ValueError(f"file entry {name!r}")
+        if not _HEX.fullmatch(file_record.sha256):
+            raise ValueError(f"sha256 of {name!r}")
+    tensors = {name: TensorRecord(**record) for name, record in raw["tensors"].items()}
+    for name, record in tensors.items():
+        if not _HEX.fullmatch(record.digest) or not isinstance(record.format, str):
+            raise ValueError(f"digest of {name!r}")
+    manifest = Manifest(
+        tool=str(raw["tool"]),
+        layout=str(raw["layout"]),
+        gpus=int(raw["gpus"]),
+        formats=dict(raw["formats"]),
+        files=files,
+        tensors=tensors,
+        source=dict(raw["source"]),
+        options=dict(raw["options"]),
+        certificate={
+            op: Certificate(
+                proof["tiles"],
+                proof["tensors"],
+                {int(spread): count for spread, count in proof["spreads"].items()},
+                proof["worst"],
+            )
+            for op, proof in raw["certificate"].items()
+        },
+    )
+    if raw["value_digest"] != manifest.value_digest:
+        raise ValueError("value_digest is not that of its own tensors")
+    return manifest
+
+
+def _is_plain(name: str) -> bool:
+    """A path inside the folder: no way up, not absolute."""
+    parts = name.split("/")
+    return bool(name) and name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)

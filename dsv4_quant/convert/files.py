@@ -1,0 +1,177 @@
+"""Output files: preallocated, written in ranges from any thread, hashed in order as they grow.
+
+SHA-256 needs a file's bytes from first to last, while threads finish their panels in any order. A
+panel that comes early waits in memory (the caller keeps that within bounds) until those before it
+have been hashed; whichever thread closes the gap hashes all that is waiting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dsv4_quant.checkpoint.manifest import FileRecord
+from dsv4_quant.errors import SourceChangedError, WriteError
+
+_DONT_CACHE = 0x80  # RWF_DONTCACHE: start writing back at once, then drop the pages (Linux 6.14)
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class OutputFile:
+    """One file being written. Bytes [0, start) are there already when a run is resumed."""
+
+    def __init__(self, path: Path, size: int, marks: Iterable[int]) -> None:
+        self.path = path
+        self.size = size
+        self.hashed = 0
+        self.marked: dict[int, str] = {}
+        """SHA-256 of the first so many bytes, at every mark that has been reached."""
+        self._marks = frozenset(marks) | {size}
+        self._sha = hashlib.sha256()
+        self._waiting: dict[int, memoryview] = {}
+        self._is_hashing = False
+        self._lock = threading.Lock()
+        self._flags = _DONT_CACHE
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if os.fstat(self._fd).st_size != size:
+                os.ftruncate(self._fd, size)
+            _allocate(self._fd, size)
+        except OSError as error:
+            raise _failed(error, path) from None
+
+    def continue_from(self, start: int, sha: Any) -> None:
+        """Takes the first ``start`` bytes as written; ``sha`` has hashed them."""
+        self.hashed, self._sha = start, sha
+        self.marked[start] = sha.hexdigest()
+
+    def write(self, offset: int, data: memoryview) -> int:
+        """Writes, and hashes what can be; returns by how many bytes the hash has advanced.
+
+        The caller must not change ``data`` afterwards: it may wait to be hashed.
+        """
+        try:
+            self._write_all(offset, data)
+        except OSError as error:
+            raise _failed(error, self.path) from None
+        return self._hash(offset, data)
+
+    def _write_all(self, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwritev(self._fd, [data[done:]], offset + done, self._flags)
+            except OSError:
+                if not self._flags:
+                    raise
+                self._flags = 0  # an older kernel or another filesystem: a plain write
+
+    def _hash(self, offset: int, data: memoryview) -> int:
+        advanced = 0
+        with self._lock:
+            self._waiting[offset] = data
+            if self._is_hashing:
+                return 0
+            self._is_hashing = True
+        while True:
+            with self._lock:
+                ready = self._waiting.pop(self.hashed, None)
+                if ready is None:
+                    self._is_hashing = False
+                    return advanced
+            self._sha.update(ready)
+            self.hashed += len(ready)
+            advanced += len(ready)
+            if self.hashed in self._marks:
+                self.marked[self.hashed] = self._sha.copy().hexdigest()
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk when this returns."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise _failed(error, self.path) from None
+
+    def close(self) -> None:
+        """Closes the descriptor."""
+        os.close(self._fd)
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserves the blocks, where the filesystem can; ENOSPC is found here, not half-way.
+
+    Not os.posix_fallocate: where the filesystem cannot, it writes a byte to every block.
+    """
+    if size and _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        error = ctypes.get_errno()
+        if error in (28, 122, 27):  # ENOSPC, EDQUOT, EFBIG
+            raise OSError(error, os.strerror(error))
+
+
+def _failed(error: OSError, path: Path) -> WriteError:
+    full = error.errno in (28, 122)
+    return WriteError(
+        f"Writing failed: {error.strerror}",
+        file=path,
+        hint="Make room and run the same command again: it continues where this one stopped."
+        if full
+        else "Run the same command again when the cause is gone: it continues from there.",
+    )
+
+
+def write_durably(path: Path, content: bytes | Path) -> FileRecord:
+    """A small file, made from bytes or copied, on the disk when this returns."""
+    sha, size = hashlib.sha256(), 0
+    try:
+        with path.open("wb") as file:
+            for data in _chunks(content):
+                file.write(data)
+                sha.update(data)
+                size += len(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _failed(error, path) from None
+    return FileRecord(size, sha.hexdigest())
+
+
+def _chunks(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    try:
+        with content.open("rb") as file:
+            while data := file.read(1 << 20):
+                yield data
+    except OSError as error:
+        raise SourceChangedError(f"Cannot be read: {error.strerror}", file=content) from None
+
+
+def sync_folder(path: Path) -> None:
+    """A rename is durable only when its folder is."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def prefix_hashes(path: Path, marks: Iterable[int]) -> dict[int, Any]:
+    """A SHA-256 object for each of the file's prefixes that has those lengths, as far as it goes."""
+    found: dict[int, Any] = {}
+    sha, at = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for mark in sorted(set(marks)):
+            while at < mark:
+                data = file.read(min(1 << 22, mark - at))
+                if not data:
+                    return found
+                sha.update(data)
+                at += len(data)
+            found[mark] = sha.copy()
+    return found

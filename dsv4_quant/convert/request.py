@@ -1,0 +1,26 @@
+"""What a user asks a conversion for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv4_quant.catalogue import Layout
+from dsv4_quant.errors import UsageError
+
+Experts = Literal["keep", "fp4", "fp8", "bf16"]
+Dense = Literal["keep", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The output's layout and formats; ``gpus`` is 1 for hf."""
+
+    layout: Layout = "mp"
+    gpus: int = 1
+    experts: Experts = "keep"
+    dense: Dense = "keep"
+
+    def __post_init__(self) -> None:
+        if self.layout == "hf" and self.gpus != 1:
+            raise UsageError("The hf layout is not split over GPUs: leave out the GPU count")

@@ -1,0 +1,122 @@
+"""Products of activations and stored weights, spread over threads without moving a bit.
+
+Every output value is one dot product (``dot``), whole, on one thread. Threads only share out the
+rows of the weight, so their number changes who computes a value and never the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dsv4_quant.formats.blocks import F32
+from dsv4_quant.formats.blocks import Tensor as Weight
+from dsv4_quant.model.dot import BLOCK, COLUMNS, LANES, ROWS, multiply, multiply_rows
+from dsv4_quant.model.panels import decode_panel
+
+Floats = NDArray[np.float32]
+
+PANEL_VALUES = 1 << 18
+"""Decoded values that a thread holds at a time, 1 MiB: they must stay in its L2 cache."""
+
+SMALL = 1 << 21
+"""Products of fewer multiplications are not worth waking another thread."""
+
+
+class Workers:
+    """Threads that share out rows of weights; a context manager."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.threads, "product")
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        rows: tuple[int, int] | None = None,
+        block: int = BLOCK,
+    ) -> torch.Tensor:
+        """``x @ decoded(weight)[rows].T`` in float32.
+
+        Args:
+            x: ``[..., K]`` float32.
+            weight: ``[N, K]`` in any format that holds floats.
+            rows: first row and end, all rows if not given.
+            block: values that are summed in lanes before the lanes are added up.
+
+        Returns:
+            ``[..., rows]`` float32. A value's bits depend on its row of x, its row of the weight
+            and block alone.
+        """
+        first, last = rows or (0, weight.shape[0])
+        left = _filled(x.reshape(-1, x.shape[-1]).numpy(), ROWS)  # [M, K], both filled up
+        out = np.empty((left.shape[0], last - first), np.float32)
+
+        def work(start: int, stop: int) -> None:
+            _multiply_panels(left, weight, first + start, first + stop, out[:, start:stop], block)
+
+        small = left.shape[0] * left.shape[1] * (last - first) < SMALL
+        self._share(work, last - first, 1 if small else self.threads)
+        held = torch.from_numpy(out)[: x.shape[:-1].numel()]
+        return held.reshape(*x.shape[:-1], last - first)
+
+    def _share(self, work: Callable[[int, int], None], count: int, parts: int) -> None:
+        """Calls ``work(start, stop)`` on equal parts of range(count), at the same time."""
+        step = -(-count // parts)
+        tasks = [
+            self._pool.submit(work, at, min(at + step, count)) for at in range(step, count, step)
+        ]
+        work(0, min(step, count))
+        for task in tasks:
+            task.result()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def as_weight(matrix: torch.Tensor) -> Weight:
+    """Activations ``[N, K]`` in the place of a weight."""
+    return Weight(F32, tuple(matrix.shape), matrix.contiguous().numpy())
+
+
+def dot_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``sum(x * w)`` over the last axis, ``[..., K]`` -> ``[...]``, in the order of ``dot``."""
+    left = _filled(x.reshape(-1, x.shape[-1]).numpy(), 1)
+    right = left if x is w else _filled(w.expand_as(x).reshape(-1, x.shape[-1]).numpy(), 1)
+    out = np.empty(left.shape[0], np.float32)
+    multiply_rows(left, right, out)
+    return torch.from_numpy(out).reshape(x.shape[:-1])
+
+
+def _multiply_panels(
+    x: Floats, weight: Weight, start: int, stop: int, out: Floats, block: int
+) -> None:
+    """``out = x @ weight[start:stop].T``: x ``[M, K]`` filled up, out ``[M, stop - start]``."""
+    k = x.shape[1]
+    height = COLUMNS * max(1, min(PANEL_VALUES // k, stop - start + COLUMNS - 1) // COLUMNS)
+    panel = np.zeros((height, k), np.float32)
+    for row in range(start, stop, height):
+        count = min(height, stop - row)
+        decode_panel(weight, row, row + count, panel)
+        used = -(-count // COLUMNS) * COLUMNS  # rows beyond count are left over, or zero
+        products = np.empty((x.shape[0], used), np.float32)
+        multiply(x, panel[:used], products, block)
+        out[:, row - start : row - start + count] = products[:, :count]
+
+
+def _filled(x: Floats, rows: int) -> Floats:
+    """x ``[M, K]`` with zeros up to a multiple of ``rows`` and of LANES."""
+    m, k = -(-x.shape[0] // rows) * rows, -(-x.shape[1] // LANES) * LANES
+    if (m, k) == x.shape and x.flags.c_contiguous:
+        return x
+    filled = np.zeros((m, k), np.float32)
+    filled[: x.shape[0], : x.shape[1]] = x
+    return filled
