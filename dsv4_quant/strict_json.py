@@ -34,7 +34,10 @@ def parse(text: bytes, *, max_values: int, integers_only: bool = False) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(clip(str(error), 200)) from None
+        found = str(error)
+        if found.startswith("Exceeds the limit"):  # Python's own guard, in words for programmers
+            found = "an integer has thousands of digits"
+        raise ValueError(clip(found, 200)) from None
     return value
 
 

@@ -44,7 +44,8 @@ def act_quant(x: Tensor, group: int = ACT_GROUP) -> tuple[Tensor, Tensor]:
 def split_groups(x: Tensor, group: int) -> Tensor:
     """``[..., K]`` -> ``[..., ceil(K / group), group]``, the last group filled with zeros."""
     groups = -(-x.shape[-1] // group)
-    return F.pad(x, (0, groups * group - x.shape[-1])).unflatten(-1, (groups, group))
+    padded = F.pad(x, (0, groups * group - x.shape[-1]))
+    return padded.reshape(*x.shape[:-1], groups, group)
 
 
 def ceil_scale(amax: Tensor, top: float) -> Tensor:

@@ -47,8 +47,8 @@ def block_dequant(
     values = decode_codes(as_bytes(codes), fmt)  # [..., N, K]
     factors = scale_values(scales).repeat_interleave(fmt.block[0], -2)[..., :rows, :]
     whole, rest = divmod(cols, fmt.block[1])
-    inner = values[..., : cols - rest].unflatten(-1, (whole, fmt.block[1]))  # [..., N, K // c, c]
-    inner *= factors[..., :whole, None]
+    inner = values[..., : cols - rest].view(*values.shape[:-1], whole, fmt.block[1])
+    inner *= factors[..., :whole, None]  # [..., N, K // c, c]
     if rest:
         values[..., cols - rest :] *= factors[..., whole:]
     return values.to(dtype)

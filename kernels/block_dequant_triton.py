@@ -1,5 +1,5 @@
 """block_dequant, the twin: bit for bit what the definition gives (the bits of a NaN aside)."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton
@@ -44,10 +44,7 @@ def _block_dequant_kernel(
     at = (matrix * rows + row)[:, None] * (cols // PER_BYTE) + byte[None, :]
     codes = tl.load(codes_ptr + at, (row < rows)[:, None] & used[None, :], other=0).to(tl.int32)
     # torch: values = VALUES[codes]
-    if PER_BYTE == 2:
-        values = e2m1_value(unpack_pairs(codes))  # [ROWS, LANES]
-    else:
-        values = e4m3_value(codes)
+    values = e2m1_value(unpack_pairs(codes)) if PER_BYTE == 2 else e4m3_value(codes)
     # torch: values * scale_values(scales).repeat_interleave(...)
     scale_at = (matrix * scale_rows + row // BLOCK_ROWS) * scale_cols + block
     scales = scale_value(tl.load(scales_ptr + scale_at, row < rows, other=0))  # [ROWS]

@@ -7,8 +7,8 @@ one times ``1 + d``.
 EPS   |d| of a float32 sum or product: 2**-24 where it is rounded to nearest; tensor cores align the
       terms of a sum and cut them off, which costs up to 2**-23 of the largest.
 FN    |d| of exp and of a division: 2**-21 covers every implementation in use (4 units in the last
-      place; numpy's exp has 2.5, a GPU's division 2). A GPU's exp multiplies its argument by log2(e)
-      in float32 first, so that a result exp(x) is off by up to FN * (1 + |x|).
+      place; numpy's exp has 2.5, a GPU's division 2). A GPU's exp multiplies its argument by
+      log2(e) in float32 first, so that a result exp(x) is off by up to FN * (1 + |x|).
 TINY  what underflow can cost an operation, flushing included.
 
 A sum of n terms in any order: every term takes part in at most n additions, so the error is below

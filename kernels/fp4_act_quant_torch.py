@@ -18,8 +18,9 @@ from dsv4_quant.kernels.operands_torch import check_float, check_group, scale_va
 def fp4_act_quant(x: Tensor, group: int = FP4_GROUP) -> tuple[Tensor, Tensor]:
     """Quantise groups of the last axis and pack two codes per byte, the even column low.
 
-    ``amax = max(|x|, 6 * 2**-126)``, ``scale = 2**ceil(log2(amax / 6))``, ``code = e2m1(x / scale)``
-    to nearest, ties to even. A negative value that rounds to zero is code 8 (-0).
+    ``amax = max(|x|, 6 * 2**-126)``, ``scale = 2**ceil(log2(amax / 6))``,
+    ``code = e2m1(x / scale)`` to nearest, ties to even. A negative value that rounds to zero is
+    code 8 (-0).
     A group that holds an infinity or a NaN is NaN as a whole: scale 0xFF and every code 0, because
     FP4 has no code for NaN.
 
@@ -37,7 +38,7 @@ def fp4_act_quant(x: Tensor, group: int = FP4_GROUP) -> tuple[Tensor, Tensor]:
     scales = ceil_scale(amax, e2m1.MAX)
     scaled = grouped / scale_values(scales)[..., None]
     codes = torch.where(scaled.isnan(), 0, _nearest(scaled)).flatten(-2)  # [..., G * group]
-    codes = codes[..., : x.shape[-1]]
+    codes = codes[..., : x.shape[-1]].contiguous()
     return codes[..., 0::2] | codes[..., 1::2] << 4, scales
 
 

@@ -1,5 +1,5 @@
 """fp4_act_quant, the twin: bit for bit what the definition gives."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton
@@ -10,8 +10,8 @@ from dsv4_quant.formats import e2m1
 from dsv4_quant.kernels.defaults import FP4_AMAX_FLOOR, FP4_GROUP
 from dsv4_quant.kernels.fp4_act_quant_torch import check_even
 from dsv4_quant.kernels.launch_triton import OPTIONS, float_bits, fold_groups, tile_rows
-from dsv4_quant.kernels.minifloat_triton import quantise_groups
-from dsv4_quant.kernels.operands_torch import check_float, check_group
+from dsv4_quant.kernels.minifloat_triton import quantise_groups, widen
+from dsv4_quant.kernels.operands_torch import check_float
 
 
 @triton.jit
@@ -34,9 +34,9 @@ def _fp4_act_quant_kernel(
     lane = tl.arange(0, LANES)
     col = group * GROUP + lane
     inside = (row < rows)[:, None] & ((lane < GROUP) & (col < cols))[None, :]
-    x = tl.load(x_ptr + row[:, None] * cols + col[None, :], inside, other=0.0)  # [ROWS, LANES]
+    x = widen(tl.load(x_ptr + row[:, None] * cols + col[None, :], inside, other=0.0))
     codes, scales = quantise_groups(
-        x.to(tl.float32), FLOOR_BITS, TOP_BITS, MANTISSA=1, BIAS=1, SIGN=0x8, NAN_CODE=0
+        x, FLOOR_BITS, TOP_BITS, MANTISSA=1, BIAS=1, SIGN=0x8, NAN_CODE=0
     )
     # torch: packed = codes[..., 0::2] | codes[..., 1::2] << 4
     low, high = tl.split(tl.reshape(codes, (ROWS, LANES // 2, 2)))

@@ -23,7 +23,7 @@ def fp4_gemm(
     group: int = ACT_GROUP,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """``dequant(x) @ dequant(weight).T``, accumulated in float64, rounded to float32, then to dtype.
+    """``dequant(x) @ dequant(weight).T``, summed in float64, rounded to float32, then to dtype.
 
     NaN codes and NaN scales make NaN of every sum that they enter.
 

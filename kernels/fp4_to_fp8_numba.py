@@ -35,24 +35,30 @@ HEADROOM = 6
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
+_BLOCK = 32
+"""Columns that are worked on together: 16 packed bytes, two words in and four out."""
+
 _E_MIN, _E_MAX = -20, 15  # beyond: every non-zero code is flushed, or saturates
-_NORMAL_MIN = -5  # e >= -5: even 0.5 * 2^e is a normal FP8 number
-_NAN_CODE = e4m3.NAN_CODES[0]
+_E_NORMAL = -5  # from here on even 0.5 * 2^e is a normal FP8 number
 
 _BYTES = U64(0x0101010101010101)
 _MAGNITUDES = U64(0x0707070707070707)
 _SIGNS = U64(0x0808080808080808)
-_NIBBLES = U64(0x0F0F0F0F0F0F0F0F)
+_LOW_NIBBLES = U64(0x0F0F0F0F0F0F0F0F)
 _PACKED_MAGNITUDES = U64(0x7777777777777777)
 
 
 def _code_table() -> NDArray[np.uint16]:
-    """``[e - E_MIN, fp4 code]`` -> FP8 code of ``fp4 * 2^e``, plus 0x100 where it is not exact."""
+    """``[e - E_MIN, fp4 code]`` -> FP8 code of ``fp4 * 2^e``, plus 0x100 where it is not exact.
+
+    The last row is the one for S = NaN.
+    """
     values = e2m1.VALUES.astype(np.float64)
     values[8] = 0.0
     scaled = np.ldexp(values, np.arange(_E_MIN, _E_MAX + 1)[:, None]).astype(np.float32)
     codes = e4m3.encode(scaled)
-    return codes + np.where(e4m3.VALUES[codes] == scaled, 0, 0x100).astype(np.uint16)
+    table = codes + np.where(e4m3.VALUES[codes] == scaled, 0, 0x100).astype(np.uint16)
+    return np.vstack([table, np.full_like(table[:1], e4m3.NAN_CODES[0])])
 
 
 _CODE_TABLE = _code_table()
@@ -92,7 +98,7 @@ def fp4_to_fp8(
         packed: ``[R, C / 2]``, low nibble first; the panel begins at the first row of a tile.
         scales: ``[R, G]`` E8M0.
         out_scales: ``[t, T]``, what :func:`fp8_scales` wrote for this panel.
-        group: columns per scale, a multiple of 16.
+        group: columns per scale, a multiple of 32.
         block_rows, block_cols: size of a tile; block_cols is a multiple of group.
         out: ``[R, C]`` E4M3, written; a tile with a scale of 0xFF becomes NaN as a whole.
         spreads: ``[256]``, counted up: per tile max - min of the scale bytes over the blocks that
@@ -114,65 +120,96 @@ def fp4_to_fp8(
     expect("out", out, np.uint8, (rows, cols))
     expect("spreads", spreads, np.int64, (256,))
     expect("result", result, np.int64, (5,))
-    tile_groups = block_cols // group
+    if group != _BLOCK:  # a wider group is several blocks of the same scale
+        scales = scales.repeat(group // _BLOCK, axis=1)
     return _fp4_to_fp8(
-        packed, scales, out_scales, block_rows, tile_groups, _CODE_TABLE, out, spreads, result
+        packed,
+        packed.view(np.uint32),
+        packed.view(np.uint64).reshape(rows, -1, 2),
+        scales,
+        out_scales,
+        block_rows,
+        block_cols // _BLOCK,
+        _CODE_TABLE,
+        out,
+        out.view(np.uint64),
+        spreads,
+        result,
     )
 
 
 def _check_tiles(group: int, block_cols: int) -> None:
-    if group % 16 or block_cols % group:
+    if group % _BLOCK or block_cols % group:
         raise ValueError(f"groups of {group} columns do not fit tiles of {block_cols} columns")
 
 
 @kernel
 def _fp8_scales(scales: Bytes, block_rows: int, tile_groups: int, out: Bytes) -> None:
-    rows, groups = scales.shape
-    largest = np.empty(groups, np.uint8)
+    low, high = np.empty(out.shape[1], np.int64), np.empty(out.shape[1], np.int64)
     for strip in range(out.shape[0]):
-        largest[:] = 0
-        for row in range(strip * block_rows, min((strip + 1) * block_rows, rows)):
-            for g in range(groups):
-                largest[g] = max(largest[g], scales[row, g])
-        for tile in range(out.shape[1]):
-            top = largest[tile * tile_groups : (tile + 1) * tile_groups].max()
-            out[strip, tile] = top if top == e8m0.NAN else max(I64(top) - HEADROOM, 0)
+        first, last = strip * block_rows, min((strip + 1) * block_rows, scales.shape[0])
+        _extremes(scales, first, last, tile_groups, low, high)
+        for tile in range(high.size):
+            top = high[tile]
+            out[strip, tile] = top if top == e8m0.NAN else max(top - HEADROOM, 0)
+
+
+@part
+def _extremes(
+    scales: Bytes, first: int, last: int, tile_groups: int, low: Ints, high: Ints
+) -> None:
+    """The smallest and the largest scale byte of every tile in the rows first ... last - 1."""
+    groups = scales.shape[1]
+    smallest, largest = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
+    for g in range(groups):
+        smallest[g], largest[g] = 255, 0
+    for row in range(first, last):
+        for g in range(groups):
+            scale = scales[row, g]
+            smallest[g] = scale if scale < smallest[g] else smallest[g]
+            largest[g] = scale if scale > largest[g] else largest[g]
+    for tile in range(low.size):
+        low[tile], high[tile] = 255, 0
+        for g in range(tile * tile_groups, min((tile + 1) * tile_groups, groups)):
+            low[tile] = min(low[tile], I64(smallest[g]))
+            high[tile] = max(high[tile], I64(largest[g]))
 
 
 @kernel
 def _fp4_to_fp8(
     packed: Bytes,
+    packed8: NDArray[np.uint32],
+    words: NDArray[np.uint64],
     scales: Bytes,
     out_scales: Bytes,
     block_rows: int,
-    tile_groups: int,
+    tile_blocks: int,
     code_table: NDArray[np.uint16],
     out: Bytes,
+    out8: NDArray[np.uint64],
     spreads: Ints,
     result: Ints,
 ) -> int:
-    rows, tiles = scales.shape[0], out_scales.shape[1]
-    words, packed8, out8 = packed.view(np.uint64), packed.view(np.uint32), out.view(np.uint64)
-    bases = np.empty(out8.shape[1], np.uint64)
+    """The arrays come in several widths: ``packed8`` and ``out8`` hold 8 codes per element and
+    ``words[row, block]`` the 32 codes of a block."""
+    strips, tiles = out_scales.shape
     low, high, top = np.empty(tiles, np.int64), np.empty(tiles, np.int64), np.empty(tiles, np.int64)
-    lost = np.empty(tiles, np.bool_)
     status = EXACT
-    for strip in range(out_scales.shape[0]):
-        low[:], high[:], top[:], lost[:] = 255, 0, 0, False
-        for row in range(strip * block_rows, min((strip + 1) * block_rows, rows)):
-            ordinary = _prepare_row(
-                words[row], scales[row], out_scales[strip], tile_groups, bases, low, high, top
-            )
-            for j in range(bases.size):
-                out8[row, j] = _eight_codes(U64(packed8[row, j]), bases[j])
-            if not ordinary:
-                _look_up_row(
-                    packed[row], scales[row], out_scales[strip], tile_groups, code_table,
-                    out[row], lost,
-                )  # fmt: skip
+    for strip in range(strips):
+        first, last = strip * block_rows, min((strip + 1) * block_rows, scales.shape[0])
+        _extremes(scales, first, last, tile_blocks, low, top)
+        if _ordinary(packed8, words, scales, out_scales[strip], first, last, tile_blocks, out8):
+            _live_extremes(words, scales, first, last, tile_blocks, low, high)
+        else:
+            for tile in range(tiles):
+                high[tile] = top[tile]
         for tile in range(tiles):
+            S = I64(out_scales[strip, tile])
+            lost = False
+            if S == e8m0.NAN or low[tile] - S < _E_NORMAL or high[tile] - S > HEADROOM:
+                lost = _look_up(packed, scales, S, first, last, tile, tile_blocks, code_table, out)
             spreads[max(high[tile] - low[tile], 0)] += 1
-            reason = _judge(low[tile], top[tile], lost[tile])
+            reason = _judge(low[tile], top[tile], lost)
             if reason != EXACT and status == EXACT:
                 status = reason
                 result[0], result[1], result[2] = strip, tile, reason
@@ -181,42 +218,34 @@ def _fp4_to_fp8(
 
 
 @part
-def _prepare_row(
+def _ordinary(
+    packed8: NDArray[np.uint32],
     words: NDArray[np.uint64],
     scales: Bytes,
     out_scales: Bytes,
-    tile_groups: int,
-    bases: NDArray[np.uint64],
-    low: Ints,
-    high: Ints,
-    top: Ints,
-) -> bool:
-    """The bases of one row for :func:`_eight_codes`, and its part of the tiles' statistics.
+    first: int,
+    last: int,
+    tile_blocks: int,
+    out8: NDArray[np.uint64],
+) -> int:
+    """Some rows as if every block had a normal base; returns how many blocks hold only zeros.
 
     The base is the FP8 code of ``0.5 * 2^e``, e = scale - S: exponent field e - 1 + 7, mantissa 0.
-    Returns whether it is a normal number all along the row.
     """
-    group_words, group_bases = words.size // scales.size, bases.size // scales.size
-    ordinary = True
-    for tile in range(out_scales.size):
-        largest = I64(out_scales[tile])
-        ordinary &= largest != e8m0.NAN
-        lo, hi, mx = low[tile], high[tile], top[tile]
-        for g in range(tile * tile_groups, min((tile + 1) * tile_groups, scales.size)):
-            bits = U64(0)
-            for k in range(g * group_words, (g + 1) * group_words):
-                bits |= words[k]
-            scale = I64(scales[g])
-            mx = max(mx, scale)
-            if bits & _PACKED_MAGNITUDES:
-                lo, hi = min(lo, scale), max(hi, scale)
-            e = scale - largest
-            ordinary &= _NORMAL_MIN <= e <= HEADROOM
-            base = U64((e + 6) << 3) * _BYTES
-            for k in range(g * group_bases, (g + 1) * group_bases):
-                bases[k] = base
-        low[tile], high[tile], top[tile] = lo, hi, mx
-    return ordinary
+    blocks = scales.shape[1]
+    offsets, bases = np.empty(blocks, np.uint64), np.empty((blocks, 4), np.uint64)
+    for b in range(blocks):
+        offsets[b] = U64((6 - I64(out_scales[b // tile_blocks])) << 3) * _BYTES
+    flat_bases = bases.reshape(-1)
+    zero_blocks = 0
+    for row in range(first, last):
+        for b in range(blocks):
+            zero_blocks += (words[row, b, 0] | words[row, b, 1]) & _PACKED_MAGNITUDES == U64(0)
+            base = (U64(scales[row, b]) << U64(3)) * _BYTES + offsets[b]
+            bases[b, 0], bases[b, 1], bases[b, 2], bases[b, 3] = base, base, base, base
+        for j in range(flat_bases.size):
+            out8[row, j] = _eight_codes(U64(packed8[row, j]), flat_bases[j])
+    return zero_blocks
 
 
 @inline
@@ -229,7 +258,7 @@ def _eight_codes(x: np.uint64, base: np.uint64) -> np.uint64:
     """
     x = (x | (x << U64(16))) & U64(0x0000FFFF0000FFFF)
     x = (x | (x << U64(8))) & U64(0x00FF00FF00FF00FF)
-    x = (x | (x << U64(4))) & _NIBBLES
+    x = (x | (x << U64(4))) & _LOW_NIBBLES
     m = x & _MAGNITUDES
     is_one = m & ~(m >> U64(1)) & ~(m >> U64(2)) & _BYTES
     not_zero = (m + _MAGNITUDES) & _SIGNS  # bit 3 of m + 7
@@ -238,28 +267,51 @@ def _eight_codes(x: np.uint64, base: np.uint64) -> np.uint64:
 
 
 @part
-def _look_up_row(
+def _live_extremes(
+    words: NDArray[np.uint64],
+    scales: Bytes,
+    first: int,
+    last: int,
+    tile_blocks: int,
+    low: Ints,
+    high: Ints,
+) -> None:
+    """Like :func:`_extremes`, over the blocks that hold a non-zero code; 255 and 0 without one."""
+    for tile in range(low.size):
+        low[tile], high[tile] = 255, 0
+    for row in range(first, last):
+        for b in range(scales.shape[1]):
+            if (words[row, b, 0] | words[row, b, 1]) & _PACKED_MAGNITUDES:
+                tile, scale = b // tile_blocks, I64(scales[row, b])
+                low[tile], high[tile] = min(low[tile], scale), max(high[tile], scale)
+
+
+@part
+def _look_up(
     packed: Bytes,
     scales: Bytes,
-    out_scales: Bytes,
-    tile_groups: int,
+    S: int,
+    first: int,
+    last: int,
+    tile: int,
+    tile_blocks: int,
     code_table: NDArray[np.uint16],
     out: Bytes,
-    lost: NDArray[np.bool_],
-) -> None:
-    """The blocks of one row that have no normal base, code by code; marks tiles that lose one."""
-    half = packed.size // scales.size
-    for g in range(scales.size):
-        tile = g // tile_groups
-        e = I64(scales[g]) - I64(out_scales[tile])
-        if out_scales[tile] == e8m0.NAN:
-            out[2 * g * half : 2 * (g + 1) * half] = _NAN_CODE
-        elif not _NORMAL_MIN <= e <= HEADROOM:
-            codes = code_table[min(max(e, _E_MIN), _E_MAX) - _E_MIN]
-            for k in range(g * half, (g + 1) * half):
-                even, odd = codes[packed[k] & 0x0F], codes[packed[k] >> 4]
-                out[2 * k], out[2 * k + 1] = even & 0xFF, odd & 0xFF
-                lost[tile] |= (even | odd) > 0xFF
+) -> bool:
+    """The blocks of one tile that have no normal base, code by code; whether a value is lost."""
+    half = _BLOCK // 2
+    lost = False
+    for row in range(first, last):
+        for b in range(tile * tile_blocks, min((tile + 1) * tile_blocks, scales.shape[1])):
+            e = I64(scales[row, b]) - S
+            if _E_NORMAL <= e <= HEADROOM and S != e8m0.NAN:
+                continue
+            codes = code_table[-1 if S == e8m0.NAN else min(max(e, _E_MIN), _E_MAX) - _E_MIN]
+            for k in range(b * half, (b + 1) * half):
+                even, odd = codes[packed[row, k] & 0x0F], codes[packed[row, k] >> 4]
+                out[row, 2 * k], out[row, 2 * k + 1] = even & 0xFF, odd & 0xFF
+                lost |= (even | odd) > 0xFF
+    return lost
 
 
 @inline

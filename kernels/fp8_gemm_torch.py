@@ -1,8 +1,8 @@
 """fp8_gemm: quantised activations times an FP8 weight.
 
 Definition; bit-stable. The products of one step, where both scales are constant, are multiples of
-2**-18 below 2**18, so float64 sums them without rounding (44 bits for 256 of them) and their order
-does not matter; the steps are added in the order of K. No thread count, batch or BLAS moves a bit.
+2**-18 below 2**18, so float64 sums up to 2**17 of them without rounding and their order does not
+matter; the steps are added in the order of K. No thread count, batch or BLAS moves a bit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def fp8_gemm(
     group: int = ACT_GROUP,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """``dequant(x) @ dequant(weight).T``, accumulated in float64, rounded to float32, then to dtype.
+    """``dequant(x) @ dequant(weight).T``, summed in float64, rounded to float32, then to dtype.
 
     NaN codes and NaN scales make NaN of every sum that they enter.
 

@@ -1,5 +1,5 @@
 """fp8_gemm, the twin: float32 sums instead of float64 ones, within ``bounds_torch.gemm_bound``."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton
@@ -54,10 +54,7 @@ def _scaled_matmul_kernel(
         a = e4m3_value(tl.load(x_ptr + x_at + k, inside, other=0).to(tl.int32))  # [M, K]
         inside = (n < w_rows)[:, None] & (tl.arange(0, K // PER_BYTE) < left // PER_BYTE)[None, :]
         codes = tl.load(w_ptr + w_at + k // PER_BYTE, inside, other=0).to(tl.int32)
-        if PER_BYTE == 2:
-            b = e2m1_value(unpack_pairs(codes))  # [N, K]
-        else:
-            b = e4m3_value(codes)
+        b = e2m1_value(unpack_pairs(codes)) if PER_BYTE == 2 else e4m3_value(codes)  # [N, K]
         x_scale_at = m * x_groups + k // GROUP
         x_scale = scale_value(tl.load(x_scales_ptr + x_scale_at, m < x_rows, other=0))
         w_scale_at = (n // BLOCK_ROWS) * w_blocks + k // BLOCK_COLS

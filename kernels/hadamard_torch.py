@@ -7,6 +7,8 @@ Definition; bit-stable: the order of the sums is the butterfly's, whatever compu
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,14 @@ def hadamard(x: Tensor) -> Tensor:
     """
     check_float(x)
     size = check_power_of_two(x)
-    y = x.float()
+    y = x.float().contiguous()
     stride = 1
     while stride < size:
-        low, high = y.unflatten(-1, (-1, 2, stride)).unbind(-2)  # [..., D / 2 stride, stride]
+        pairs = y.view(*x.shape[:-1], size // (2 * stride), 2, stride)
+        low, high = pairs.unbind(-2)  # [..., D / (2 * stride), stride]
         y = torch.stack((low + high, low - high), -2).flatten(-3)
         stride *= 2
-    return (y * size**-0.5).to(x.dtype)
+    return (y * math.pow(size, -0.5)).to(x.dtype)
 
 
 def check_power_of_two(x: Tensor) -> int:

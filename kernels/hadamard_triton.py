@@ -1,5 +1,7 @@
 """hadamard, the twin: bit for bit what the definition gives, because it adds in the same order."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import math
 
 import torch
 import triton
@@ -8,13 +10,13 @@ from torch import Tensor
 
 from dsv4_quant.kernels.hadamard_torch import check_power_of_two
 from dsv4_quant.kernels.launch_triton import OPTIONS, tile_rows
-from dsv4_quant.kernels.minifloat_triton import round_to
+from dsv4_quant.kernels.minifloat_triton import round_to, widen
 from dsv4_quant.kernels.operands_torch import check_float
 
 
 @triton.jit
 def _butterfly(y, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    # torch: low, high = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
+    # torch: low, high = y.view(..., size // (2 * stride), 2, stride).unbind(-2)
     # The pair goes last for split and join, and back afterwards.
     pairs = tl.reshape(y, (ROWS, SIZE // (2 * STRIDE), 2, STRIDE))
     low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
@@ -30,10 +32,10 @@ def _hadamard_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = (row < rows)[:, None]
-    y = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)  # [ROWS, SIZE]
+    y = widen(tl.load(x_ptr + at, inside, other=0.0))  # [ROWS, SIZE]
     for stage in tl.static_range(STAGES):
         y = _butterfly(y, ROWS, SIZE, 2**stage)
-    # torch: (y * size**-0.5).to(x.dtype)
+    # torch: (y * math.pow(size, -0.5)).to(x.dtype)
     tl.store(y_ptr + at, round_to(y * factor, y_ptr.dtype.element_ty), inside)
 
 
@@ -49,7 +51,7 @@ def hadamard(x: Tensor) -> Tensor:
             x.contiguous(),
             out,
             rows,
-            size**-0.5,
+            math.pow(size, -0.5),
             ROWS=tile,
             SIZE=size,
             STAGES=size.bit_length() - 1,

@@ -26,7 +26,7 @@ def hc_split_sinkhorn(
     then ``iters - 1`` times ``comb /= comb.sum(-1) + eps`` and ``comb /= comb.sum(-2) + eps``.
 
     Args:
-        mixes: ``[..., (2 + hc) * hc]`` float32: pre ``hc``, post ``hc``, comb ``hc * hc`` row-major.
+        mixes: ``[..., (2 + hc) * hc]`` float32: pre hc, post hc, comb hc * hc row-major.
         scale: ``[3]`` float32.
         base: ``[(2 + hc) * hc]`` float32.
         hc: streams (``hc_mult``).
@@ -37,12 +37,12 @@ def hc_split_sinkhorn(
         pre ``[..., hc]``, post ``[..., hc]``, comb ``[..., hc, hc]``, float32.
     """
     check_mixes(mixes, scale, base, hc, iters)
-    pre, post, comb = mixes.split([hc, hc, hc * hc], -1)
-    pre_base, post_base, comb_base = base.split([hc, hc, hc * hc])
-    pre = _sigmoid(pre * scale[0] + pre_base) + eps
-    post = 2 * _sigmoid(post * scale[1] + post_base)
+    first, second, rest = slice(hc), slice(hc, 2 * hc), slice(2 * hc, None)
+    pre = _sigmoid(mixes[..., first] * scale[0] + base[first]) + eps
+    post = 2 * _sigmoid(mixes[..., second] * scale[1] + base[second])
 
-    logits = (comb * scale[2] + comb_base).unflatten(-1, (hc, hc))  # [..., hc, hc]
+    logits = mixes[..., rest] * scale[2] + base[rest]
+    logits = logits.view(*mixes.shape[:-1], hc, hc)
     powers = (logits - logits.amax(-1, keepdim=True)).exp()
     comb = powers / _sum(powers, -1) + eps
     comb = comb / (_sum(comb, -2) + eps)
@@ -72,4 +72,4 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 def _sum(x: Tensor, axis: int) -> Tensor:
     """Sum over one short axis, first to last, the axis kept."""
-    return reduce(torch.add, x.split(1, axis))
+    return reduce(torch.add, x.unbind(axis)).unsqueeze(axis)

@@ -1,5 +1,5 @@
 """hc_split_sinkhorn, the twin: within ``bounds_torch.sinkhorn_bound`` of the definition."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl

@@ -4,7 +4,7 @@ Triton's own float8 and bfloat16 casts differ between the interpreter and the co
 from torch) in rounding, NaN, subnormals and saturation. Integers do not: so these give the same
 bits in the interpreter, on a GPU and in the definitions. A code is held in int32.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -50,11 +50,14 @@ def e8m0_value(byte):
 @triton.jit
 def scale_value(stored):
     # torch: stored if stored.dtype == float32 else stored.view(float8_e8m0fnu).float()
-    if stored.dtype == tl.float32:
-        value = stored
-    else:
-        value = e8m0_value(stored.to(tl.int32))
-    return value
+    return stored if stored.dtype == tl.float32 else e8m0_value(stored.to(tl.int32))
+
+
+@triton.jit
+def widen(x):
+    # torch: x.float()   for bfloat16, the upper half of a float32, or float32
+    upper = x.to(tl.int16, bitcast=True).to(tl.int32) if x.dtype == tl.bfloat16 else x
+    return (upper << 16).to(tl.float32, bitcast=True) if x.dtype == tl.bfloat16 else x
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal, cast
 
@@ -70,7 +71,8 @@ def _call(name: str, backend: Backend | None, operands: tuple[Tensor, ...], *res
         f"dsv4_quant.kernels.{name}_{choose_backend(backend, *operands)}"
     )
     operation: Callable[..., Any] = getattr(module, name)
-    with torch.cuda.device_of(operands[0]):
+    device = operands[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return operation(*operands, *rest)
 
 

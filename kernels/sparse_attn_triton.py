@@ -3,7 +3,7 @@
 Within ``bounds_torch.attention_bound`` of the definition: the sums have another order, and powers
 that are rounded to bfloat16 are rounded relative to the maximum so far, not to the final one.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_quant.kernels.launch_triton import DOT_MIN, OPTIONS
-from dsv4_quant.kernels.minifloat_triton import round_to
+from dsv4_quant.kernels.minifloat_triton import round_to, widen
 from dsv4_quant.kernels.sparse_attn_torch import check_attention
 
 KEYS = 16
@@ -48,7 +48,7 @@ def _sparse_attn_kernel(
     dim = tl.arange(0, DIM)
     at = (place * heads + head)[:, None] * SIZE + dim[None, :]
     inside = (head < heads)[:, None] & (dim < SIZE)[None, :]
-    q = tl.load(q_ptr + at, inside, other=0.0).to(tl.float32)  # [HEADS, DIM]
+    q = widen(tl.load(q_ptr + at, inside, other=0.0))  # [HEADS, DIM]
     # The sink is the first column of the softmax: its power opens the sum, its value is nothing.
     top = tl.load(sink_ptr + head, head < heads, other=0.0)
     total = tl.where(top == float("-inf"), 0.0, tl.exp(top - top))
@@ -59,7 +59,7 @@ def _sparse_attn_kernel(
         present = (index >= 0) & (index < entries)
         row_at = (first_row + index)[:, None] * SIZE + dim[None, :]
         wanted = present[:, None] & (dim < SIZE)[None, :]
-        rows = tl.load(kv_ptr + row_at, wanted, other=0.0).to(tl.float32)  # [KEYS, DIM]
+        rows = widen(tl.load(kv_ptr + row_at, wanted, other=0.0))  # [KEYS, DIM]
         # torch: scores = (q @ rows.mT * softmax_scale).masked_fill(absent, -inf)
         scores = tl.dot(q, tl.trans(rows), input_precision=PRECISION) * softmax_scale
         scores = tl.where(present[None, :], scores, float("-inf"))
@@ -72,7 +72,7 @@ def _sparse_attn_kernel(
         shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(powers, 1)
         # torch: powers.to(kv.dtype).float() @ rows
-        weights = round_to(powers, kv_ptr.dtype.element_ty).to(tl.float32)
+        weights = widen(round_to(powers, kv_ptr.dtype.element_ty))
         acc = acc * shrink[:, None] + tl.dot(weights, rows, input_precision=PRECISION)
         top = new_top
     out = round_to(acc / total[:, None], out_ptr.dtype.element_ty)

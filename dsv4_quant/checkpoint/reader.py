@@ -112,18 +112,21 @@ class Checkpoint:
         """Rows [start, stop) of a weight's matrix view; a vector is one row.
 
         For a quantised weight ``start`` must be a multiple of its block's rows; the scales
-        returned are those of the rows' blocks.
+        returned are those of the rows' blocks. Raises ValueError for other rows than these.
         """
         spec = self.specs[name]
+        b = spec.format.block[0] if spec.format.block else 1
+        if not 0 <= start <= stop <= spec.matrix[0] or start % b:
+            raise ValueError(
+                f"{name} {spec.shape} has no rows [{start}, {stop}) that start a block"
+            )
         weight, *scale = self.stored(spec)
         codes = self.read_bytes(self.locate(weight), start, stop).view(CODES[spec.format.kind])
         whole = (start, stop) == (0, spec.matrix[0])
         shape = spec.shape if whole else (stop - start, spec.matrix[1])
         if not scale:
             return Tensor(spec.format, shape, codes.reshape(shape))
-        assert spec.format.block is not None and spec.format.scale is not None
-        b = spec.format.block[0]
-        assert start % b == 0, "rows must start at a block"
+        assert spec.format.scale is not None
         held = self.read_bytes(self.locate(scale[0]), start // b, -(-stop // b))
         return Tensor(spec.format, shape, codes, held.view(SCALES[spec.format.scale]))
 
@@ -149,7 +152,7 @@ class Checkpoint:
 
     def read_into(self, file: str, offset: int, out: NDArray[Any]) -> None:
         """Fills a contiguous array from a file. Raises SourceChangedError at a short read."""
-        view = memoryview(out).cast("B") if out.size else memoryview(b"")
+        view = out.data.cast("B") if out.size else memoryview(b"")
         done = 0
         try:
             fd = self._files.descriptor(file)

@@ -66,10 +66,10 @@ def _fp4_to_fp8(panel: Panel, proof: Proof) -> Codes:
     tensor, (b, c) = panel.tensor, _block(panel.after)
     scales = _fp8_scales(panel)
     out = np.empty(_shape(tensor), np.uint8)
-    spreads, result = np.zeros(256, np.int64), np.zeros(8, np.int64)
+    spreads, result = np.zeros(256, np.int64), np.zeros(5, np.int64)
     assert tensor.format.block is not None
     group = tensor.format.block[1]
-    bad = fp4_to_fp8(tensor.codes, tensor.scales, scales, b, c, group, out, spreads, result)
+    bad = fp4_to_fp8(tensor.codes, tensor.scales, scales, group, b, c, out, spreads, result)
     if bad:
         tile_row, tile_col, _, least, most = (int(value) for value in result[:5])
         if most == 0xFF:
@@ -93,7 +93,7 @@ def _fp8_scales(panel: Panel) -> Codes:
     assert panel.tensor.format.block is not None
     group = panel.tensor.format.block[1]
     out = np.empty((-(-rows // b), -(-cols // c)), np.uint8)
-    fp8_scales(panel.tensor.scales, b, c // group, out)
+    fp8_scales(panel.tensor.scales, group, b, c, out)
     return out
 
 

@@ -21,6 +21,7 @@ from dsv4_quant.formats.blocks import Tensor as Weight
 from dsv4_quant.kernels.act_quant_torch import act_quant
 from dsv4_quant.kernels.block_dequant_torch import block_dequant
 from dsv4_quant.kernels.fp4_act_quant_torch import fp4_act_quant
+from dsv4_quant.model.dot import BLOCK
 from dsv4_quant.model.linear import Workers
 
 LINEAR_GROUP = 128
@@ -60,9 +61,9 @@ class Arithmetic:
             x = _to_fp8_and_back(x, LINEAR_GROUP)
         return self.round(self.workers.linear(x, weight, rows))
 
-    def linear_float32(self, x: Tensor, weight: Weight) -> Tensor:
+    def linear_float32(self, x: Tensor, weight: Weight, block: int | None = BLOCK) -> Tensor:
         """``x @ weight.T`` that both arithmetics compute and keep in float32."""
-        return self.workers.linear(x, weight)
+        return self.workers.linear(x, weight, block=block)
 
     def store_key(self, key: Tensor, rope_dim: int) -> Tensor:
         """Keys ``[..., h]`` as they are cached: ``deployed`` rounds all but the rope dims."""

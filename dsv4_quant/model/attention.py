@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv4_quant.catalogue import CSA_RATIO
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.model.arithmetic import Arithmetic
-from dsv4_quant.model.attend import attend
+from dsv4_quant.model.attend import attend, window_start
 from dsv4_quant.model.batch import Chunk
 from dsv4_quant.model.compressor import Compressor, CompressorState
 from dsv4_quant.model.functions import rms_norm
@@ -33,7 +33,7 @@ class AttentionState:
     """What one prompt has left behind in one layer. Decoding goes on from here."""
 
     window: Tensor
-    """Keys of the last positions ``[u, h]``."""
+    """Keys ``[u, h]`` from ``window_start`` of the next position on."""
     compressed: CompressorState | None
     index: CompressorState | None
 
@@ -86,10 +86,13 @@ class Attention:
             keys = torch.cat((state.window, kv[span.rows]))  # [u, h]
             entries = state.compressed.entries if state.compressed else keys[:0]  # [e, h]
             o[span.rows] = attend(
-                q[span.rows], keys, span.start - len(state.window), entries, mask,
-                self._sink, window=c.sliding_window, a=a,
+                q[span.rows], keys, entries, mask, self._sink,
+                start=span.start, window=c.sliding_window, a=a,
             )  # fmt: skip
-            state.window = keys[-c.sliding_window :]
+            done = window_start(span.stop, c.sliding_window) - window_start(
+                span.start, c.sliding_window
+            )
+            state.window = keys[done:]
         o = a.round(self._rope(a.round(o), chunk.positions, inverse=True))
         return a.linear(self._mix_groups(o), self._wo_b)
 

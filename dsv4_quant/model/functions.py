@@ -46,6 +46,11 @@ def sum_halves(x: Tensor, axis: int) -> Tensor:
     return x.squeeze(axis)
 
 
+def sum_last(x: Tensor) -> Tensor:
+    """Sum over the last axis in the order of ``dot``; zeros at its end change nothing."""
+    return dot_rows(x, torch.ones(x.shape[-1]))
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x / sqrt(mean(x * x) + eps)``, times a weight where there is one: ``[..., d]``."""
     mean = dot_rows(x, x) / x.shape[-1]  # [...]

@@ -65,7 +65,7 @@ class Indexer:
             some = slice(start, start + POSITIONS)
             scores = self._scores(q[some], by_head[some], keys)  # [t, n]
             scores = scores.masked_fill(~seen[some], -torch.inf)
-            best = scores.sort(-1, descending=True, stable=True).indices[:, :top]
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top]
             seen[some] &= torch.zeros_like(seen[some]).scatter(-1, best, True)
         return seen
 

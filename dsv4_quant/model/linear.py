@@ -39,7 +39,7 @@ class Workers:
         x: torch.Tensor,
         weight: Weight,
         rows: tuple[int, int] | None = None,
-        block: int = BLOCK,
+        block: int | None = BLOCK,
     ) -> torch.Tensor:
         """``x @ decoded(weight)[rows].T`` in float32.
 
@@ -47,7 +47,7 @@ class Workers:
             x: ``[..., K]`` float32.
             weight: ``[N, K]`` in any format that holds floats.
             rows: first row and end, all rows if not given.
-            block: values that are summed in lanes before the lanes are added up.
+            block: values that are summed in lanes before the lanes are added up; None: all.
 
         Returns:
             ``[..., rows]`` float32. A value's bits depend on its row of x, its row of the weight
@@ -57,8 +57,10 @@ class Workers:
         left = _filled(x.reshape(-1, x.shape[-1]).numpy(), ROWS)  # [M, K], both filled up
         out = np.empty((left.shape[0], last - first), np.float32)
 
+        step = block or max(left.shape[1], LANES)
+
         def work(start: int, stop: int) -> None:
-            _multiply_panels(left, weight, first + start, first + stop, out[:, start:stop], block)
+            _multiply_panels(left, weight, first + start, first + stop, out[:, start:stop], step)
 
         small = left.shape[0] * left.shape[1] * (last - first) < SMALL
         self._share(work, last - first, 1 if small else self.threads)

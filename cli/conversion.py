@@ -1,0 +1,165 @@
+"""What ``convert`` and ``repack`` share: their options, the run, and how its result is told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
+from dsv4_quant.cli.output import emit
+from dsv4_quant.cli.progress import shown
+from dsv4_quant.cli.tables import duration, size, table
+from dsv4_quant.convert.request import Request
+from dsv4_quant.convert.run import ConvertReport, convert
+from dsv4_quant.convert.summary import PlanSummary, plan_conversion
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(text: str) -> int:
+    """``4GiB``, ``512M``, ``1.5g`` or bytes; units are powers of 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; write such as 4GiB or 512MiB.")
+    return int(float(match[1]) * 1024 ** _POWER[match[2].upper()])
+
+
+Src = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="A checkpoint's folder, or a Hugging Face id (owner/name@revision)."
+    ),
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="N", min=1, help="One file per GPU for N GPUs (layout mp)."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan and its needs; write nothing.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, max=256, help="Threads; one per core if unsaid."),
+]
+MaxMemory = Annotated[
+    int,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        parser=parse_size,
+        help="Bound of the peak memory, whatever the checkpoint's size.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")
+]
+
+
+def run(
+    src: str,
+    out: Path,
+    request: Request,
+    *,
+    dry_run: bool,
+    workers: int | None,
+    max_memory: int,
+    overwrite: bool,
+    json: str | None,
+    quiet: bool,
+) -> None:
+    """Plans or converts, and tells the result."""
+    with shown(quiet=quiet) as progress:
+        if dry_run:
+            plan = plan_conversion(src, out, request, workers=workers, max_memory=max_memory)
+        else:
+            report = convert(
+                src, out, request,
+                workers=workers, max_memory=max_memory, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+    if dry_run:
+        emit(describe_plan(plan), {**asdict(plan), "fits": plan.fits}, json_to=json, quiet=quiet)
+        raise typer.Exit(0 if plan.fits else 1)
+    emit(describe(report), result(report), json_to=json, quiet=quiet)
+
+
+def describe_plan(plan: PlanSummary) -> str:
+    """A plan for people."""
+    gpus = f" for {plan.gpus} GPU{'s' if plan.gpus > 1 else ''}" if plan.layout == "mp" else ""
+    rows = [[name, f"{count:,}", plan.exactness[name]] for name, count in plan.operations.items()]
+    files = _few([[name, f"{held:,}", size(held)] for name, held in plan.files.items()])
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    facts = [
+        f"layout   {plan.layout}{gpus}",
+        f"formats  experts {plan.formats['experts']}, dense {plan.formats['dense']},"
+        f" wo_a {plan.formats['wo_a']}",
+        f"memory   {size(plan.peak_memory)} at most, with {plan.workers} threads",
+        f"disk     {size(plan.disk_needed)} needed, {size(plan.disk_free)} free: {verdict}",
+    ]
+    return "\n".join(
+        [
+            *facts, "",
+            table(["operation", "weights", "exactness"], rows, "<><"), "",
+            table(["file", "bytes", "size"], files, "<>>"), "",
+            "Nothing was written.",
+        ]
+    )  # fmt: skip
+
+
+def _few(rows: list[list[str]], limit: int = 12) -> list[list[str]]:
+    """Enough of a long list to see its shape."""
+    if len(rows) <= limit:
+        return rows
+    return [*rows[:4], [f"({len(rows) - 6} more)", "", ""], *rows[-2:]]
+
+
+def describe(report: ConvertReport) -> str:
+    """A finished conversion for people."""
+    manifest = report.manifest
+    rate = report.bytes / max(report.seconds, 1e-9)
+    again = f" ({size(report.resumed_bytes)} of it by an earlier run)" if report.resumed_bytes else ""
+    lines = [
+        f"{report.out}: {size(report.bytes)}{again} in {duration(report.seconds)},"
+        f" {size(rate)}/s, {len(manifest.tensors):,} weights in {manifest.layout} layout",
+        f"value digest  {manifest.value_digest}",
+        *_proofs(manifest),
+        f"{MANIFEST} and SHA256SUMS say what every file must be; `dsv4-quant verify` checks it.",
+    ]
+    return "\n".join(lines)
+
+
+def _proofs(manifest: Manifest) -> list[str]:
+    lines = []
+    for operation, proof in manifest.certificate.items():
+        if proof.spreads:
+            lines.append(
+                f"proved        {operation}: {proof.tiles:,} tiles of {proof.tensors:,} weights,"
+                f" all exact; widest spread of scales 2**{max(proof.spreads)} of 2**14"
+            )
+        else:
+            tiles = f"{proof.tiles:,} tiles of " if proof.tiles else ""
+            lines.append(f"proved        {operation}: {tiles}{proof.tensors:,} weights, all exact")
+    return lines
+
+
+def result(report: ConvertReport) -> dict[str, object]:
+    """A finished conversion for machines."""
+    manifest = report.manifest
+    return {
+        "out": str(report.out),
+        "bytes": report.bytes,
+        "resumed_bytes": report.resumed_bytes,
+        "seconds": round(report.seconds, 3),
+        "layout": manifest.layout,
+        "gpus": manifest.gpus,
+        "formats": dict(manifest.formats),
+        "tensors": len(manifest.tensors),
+        "value_digest": manifest.value_digest,
+        "certificate": {name: asdict(proof) for name, proof in manifest.certificate.items()},
+        "files": {name: asdict(record) for name, record in manifest.files.items()},
+    }

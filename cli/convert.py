@@ -1,0 +1,94 @@
+"""``dsv4-quant convert``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from dsv4_quant.cli import conversion
+from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src, Workers
+from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.convert.request import Request
+from dsv4_quant.errors import UsageError
+
+
+class Layout(StrEnum):
+    """How the output lies in files."""
+
+    hf = "hf"
+    mp = "mp"
+
+
+class Experts(StrEnum):
+    """What the routed experts are stored in."""
+
+    keep = "keep"
+    fp4 = "fp4"
+    fp8 = "fp8"
+    bf16 = "bf16"
+
+
+class Dense(StrEnum):
+    """What every other quantised weight is stored in."""
+
+    keep = "keep"
+    bf16 = "bf16"
+
+
+def command(
+    src: Src,
+    out: Out,
+    gpus: Gpus = None,
+    layout: Annotated[
+        Layout | None,
+        typer.Option("--layout", help="hf: as published. mp: one file per GPU. --gpus means mp."),
+    ] = None,
+    experts: Annotated[
+        Experts, typer.Option("--experts", help="The format of the routed experts.")
+    ] = Experts.keep,
+    dense: Annotated[
+        Dense, typer.Option("--dense", help="The format of every other quantised weight.")
+    ] = Dense.keep,
+    dry_run: DryRun = False,
+    workers: Workers = None,
+    max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
+    overwrite: Overwrite = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a checkpoint: another layout, GPU count or format of the experts.
+
+    Every value stays what it is: a conversion that would change one is refused, and names the
+    tensor and the tile. The output comes with a manifest of what was proved. After a crash or a
+    full disk, the same command continues where the last one stopped.
+
+    \b
+    Examples:
+      dsv4-quant convert DeepSeek-V4-Flash flash-fp8-mp8 --gpus 8 --experts fp8
+      dsv4-quant convert deepseek-ai/DeepSeek-V4-Flash flash-bf16 --layout hf --experts bf16
+      dsv4-quant convert DeepSeek-V4-Pro pro-mp16 --gpus 16 --dry-run
+    """
+    conversion.run(
+        src, out, make_request(gpus, layout, experts, dense),
+        dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite,
+        json=json, quiet=quiet,
+    )  # fmt: skip
+
+
+def make_request(
+    gpus: int | None, layout: str | None, experts: Experts, dense: Dense
+) -> Request:
+    """The request that the options make; --gpus implies mp, and neither means mp for one GPU."""
+    if layout == "hf":
+        if gpus is not None:
+            raise UsageError("--gpus splits over GPUs, --layout hf does not: give one of them")
+        return Request("hf", 1, experts.value, dense.value)
+    if layout is None and gpus is None:
+        raise UsageError(
+            "Neither --gpus nor --layout was given",
+            hint="--gpus N makes one file per GPU, --layout hf shards as published.",
+        )
+    return Request("mp", gpus or 1, experts.value, dense.value)

@@ -1,0 +1,33 @@
+"""The options that every command has. A command takes them last, under these names:
+
+``json: Json = None, quiet: Quiet = False, debug: Debug = False``
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _writable(value: str | None) -> str | None:
+    """A result must not be lost after hours of work to a folder that is not there."""
+    if value is not None and value != "-":
+        path = Path(value)
+        if path.is_dir() or not path.parent.is_dir():
+            raise typer.BadParameter(f"{value} cannot be written: no such folder, or it is one.")
+    return value
+
+
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=_writable,
+        help="Write the result as JSON; '-' for standard output, which then holds nothing else.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]

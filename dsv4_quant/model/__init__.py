@@ -1,0 +1,30 @@
+"""The reference forward pass of DeepSeek-V4, a layer at a time. Read it in this order:
+
+embeddings   head        token ids to vectors; at the end, streams to logits
+             streams     the residual stream is several streams (mHC): how sub-layers read and write
+a layer      block       attention, then experts
+             attention   window, compressed entries, low-rank output by groups
+             rope        rotary positions, YaRN
+             compressor  r tokens become one entry (CSA, HCA)
+             indexer     which entries a position attends to
+             attend      the softmax over all of them
+             moe         hash-routed and scored experts
+the rest     mtp         one more layer that guesses a token further
+             forward     all of it, for several prompts
+numbers      arithmetic  exact or deployed: what is rounded where
+             functions   softmax, norms and the like
+             dot         the order of every sum
+             linear      products with stored weights on several threads
+             panels      decoding a weight a few rows at a time
+machinery    batch       several prompts, prefill and decode
+             weights     reading a layer's tensors in time
+             observer    watching a pass
+
+Equal weights give bit-equal logits in ``exact``, whatever the format, layout, GPU count, number of
+threads, number of prompts at once, or whether positions are prefilled or decoded.
+"""
+
+from dsv4_quant.model.forward import Result, forward
+from dsv4_quant.model.observer import Observer
+
+__all__ = ["Observer", "Result", "forward"]
