@@ -19,6 +19,8 @@ from dsv4_quant.cli.failure import guarded, report
 
 COMMANDS = {
     "inspect": "What a checkpoint holds, from its headers alone.",
+    "convert": "Convert a checkpoint: another layout, GPU count or format of the experts.",
+    "repack": "Split over another number of GPUs, or put back together.",
     "synth": "Make a seeded random checkpoint in the published format.",
 }
 """Name -> one-line help. The command lives in the file of that name."""

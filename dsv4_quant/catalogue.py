@@ -22,7 +22,7 @@ from math import gcd, prod
 from typing import Literal
 
 from dsv4_quant.config import ModelConfig
-from dsv4_quant.errors import UsageError, some
+from dsv4_quant.errors import UsageError
 from dsv4_quant.formats.blocks import BF16, BITS, F32, FP4, I64, Format, fp8
 
 Split = Literal[0, 1, "expert"] | None
@@ -322,6 +322,22 @@ def published_formats(config: ModelConfig) -> Formats:
     return Formats(experts=experts[config.expert_dtype], dense=dense, wo_a=dense)
 
 
+def shard_of(spec: TensorSpec, config: ModelConfig) -> int:
+    """The published rule: embed first, one shard per layer, the head, one per mtp block.
+
+    Counted from 0; ``shard_count`` says how many there are.
+    """
+    layers = config.num_hidden_layers
+    if spec.layer is None:
+        return 0 if spec.role == "embed" else layers + 1
+    return spec.layer + 1 if spec.layer < layers else spec.layer + 2
+
+
+def shard_count(config: ModelConfig) -> int:
+    """Shards of a published checkpoint."""
+    return config.num_hidden_layers + 2 + config.num_mtp_blocks
+
+
 def possible_gpus(catalogue: Catalogue) -> list[int]:
     """Every GPU count that all tensors can be split by, ascending."""
     common = 0
@@ -332,12 +348,13 @@ def possible_gpus(catalogue: Catalogue) -> list[int]:
 
 def check_gpus(catalogue: Catalogue, gpus: int) -> None:
     """Raises UsageError that names what cannot be split, and the counts that work."""
-    bad = {what: count for what, count in _split_units(catalogue) if gpus < 1 or count % gpus}
+    bad = [f"{what} ({count})" for what, count in _split_units(catalogue) if count % gpus]
     if bad:
-        reasons = some((f"{what} ({count})" for what, count in bad.items()), limit=4)
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         counts = ", ".join(map(str, possible_gpus(catalogue)))
         raise UsageError(
-            f"This model cannot be split over {gpus} GPUs: {gpus} does not divide {reasons}",
+            f"This model cannot be split over {gpus} GPUs: {gpus} does not divide"
+            f" {', '.join(bad[:4])}{more}",
             hint=f"Possible GPU counts: {counts}.",
         )
 
@@ -353,6 +370,8 @@ def _split_units(catalogue: Catalogue) -> Iterator[tuple[str, int]]:
     yield "num_attention_heads", config.num_attention_heads
     yield "o_groups", config.o_groups
     yield "vocab_size", config.vocab_size
+    if CSA_RATIO in config.compress_ratios:
+        yield "index_n_heads", config.index_n_heads
     seen = set()
     for spec in catalogue.specs.values():
         if spec.split not in (0, 1):
@@ -370,5 +389,3 @@ def _split_units(catalogue: Catalogue) -> Iterator[tuple[str, int]]:
             yield f"blocks of {block} along axis {axis} of {short}", size
         else:
             yield f"axis {axis} of {short}", size
-        if "indexer" in short:
-            yield "index_n_heads", config.index_n_heads

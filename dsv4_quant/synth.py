@@ -7,6 +7,7 @@ on every machine (``synth_values`` says why).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,12 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4_quant.catalogue import Catalogue, StoredTensor
+from dsv4_quant.catalogue import Catalogue, StoredTensor, shard_of
 from dsv4_quant.checkpoint.folder import INDEX
 from dsv4_quant.checkpoint.header import build_header
 from dsv4_quant.checkpoint.placement import geometry
 from dsv4_quant.convert.configs import index_json
-from dsv4_quant.convert.plan import shard_of
 from dsv4_quant.errors import DiskSpaceError, UsageError, WriteError
 from dsv4_quant.progress import NoProgress, Progress
 from dsv4_quant.synth_config import Experts, synthetic_catalogue
@@ -31,6 +31,9 @@ PANEL_BYTES = 4 << 20
 """What one thread makes and writes at a time."""
 
 MAX_THREADS = 4
+
+_DONT_CACHE = 0x80
+"""RWF_DONTCACHE: the kernel starts writing at once and drops the pages after (Linux 6.14)."""
 
 GENERATION_CONFIG = {
     "_from_model_config": True,
@@ -114,7 +117,7 @@ def _shards(catalogue: Catalogue, count: int | None) -> Iterator[list[StoredTens
     """The tensors of every file: the published parts, or runs of them as equal as can be."""
     parts: dict[int, list[StoredTensor]] = {}
     for tensor in catalogue.stored("hf"):
-        parts.setdefault(shard_of(tensor.spec, catalogue), []).append(tensor)
+        parts.setdefault(shard_of(tensor.spec, catalogue.config), []).append(tensor)
     if count is not None and not 1 <= count <= len(parts):
         raise UsageError(
             f"This model cannot be put into {count} shards",
@@ -139,14 +142,22 @@ def _write_shard(
         def write(panel: tuple[StoredTensor, int, int]) -> int:
             tensor, start, stop = panel
             data = memoryview(generate(tensor, seed, experts, start, stop))
-            at = len(header) + entries[tensor.name].start + start
-            while data:
-                done = os.pwrite(file.fileno(), data, at)
-                data, at = data[done:], at + done
+            _write_all(file.fileno(), data, len(header) + entries[tensor.name].start + start)
             return stop - start
 
         yield from pool.map(write, _panels(tensors))
         os.fsync(file.fileno())
+
+
+def _write_all(fd: int, data: memoryview, at: int) -> None:
+    while data:
+        try:
+            done = os.pwritev(fd, [data], at, _DONT_CACHE)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            done = os.pwritev(fd, [data], at)  # an older kernel, or another filesystem
+        data, at = data[done:], at + done
 
 
 def _threads() -> int:

@@ -71,9 +71,9 @@ def _looked_up(raw: Bytes, dtype: str, table: Words) -> Bytes:
     words = np.zeros(-(-raw.size // 2), "<u2")
     words.view(np.uint8)[: raw.size] = raw
     if dtype == "F32":
-        words[1::2] = table[words[1::2]]
+        words[1::2] = np.take(table, words[1::2], mode="wrap")
     else:
-        words = np.take(table, words, mode="clip")  # every word is inside; clip skips the check
+        words = np.take(table, words, mode="wrap")  # every word is inside; wrap skips the check
     return words.astype("<u2", copy=False).view(np.uint8)[: raw.size]
 
 

@@ -44,7 +44,7 @@ def act_quant(x: Tensor, group: int = ACT_GROUP) -> tuple[Tensor, Tensor]:
 def split_groups(x: Tensor, group: int) -> Tensor:
     """``[..., K]`` -> ``[..., ceil(K / group), group]``, the last group filled with zeros."""
     groups = -(-x.shape[-1] // group)
-    padded = F.pad(x, (0, groups * group - x.shape[-1]))
+    padded = F.pad(x.contiguous(), (0, groups * group - x.shape[-1]))
     return padded.reshape(*x.shape[:-1], groups, group)
 
 

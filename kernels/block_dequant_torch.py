@@ -57,6 +57,6 @@ def block_dequant(
 def decode_codes(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of FP8 codes ``[..., K]``, or of FP4 bytes ``[..., K / 2]``: ``[..., K]``."""
     if fmt.kind == "fp8":
-        return lookup(codes, torch.from_numpy(e4m3.VALUES).to(codes.device, dtype))
+        return lookup(codes, torch.tensor(e4m3.VALUES).to(codes.device, dtype))
     pairs = np.stack([np.tile(e2m1.VALUES, 16), np.repeat(e2m1.VALUES, 16)], -1)  # [256, 2]
-    return lookup(codes, torch.from_numpy(pairs).to(codes.device, dtype)).flatten(-2)
+    return lookup(codes, torch.tensor(pairs).to(codes.device, dtype)).flatten(-2)

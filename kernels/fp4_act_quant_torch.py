@@ -38,7 +38,7 @@ def fp4_act_quant(x: Tensor, group: int = FP4_GROUP) -> tuple[Tensor, Tensor]:
     scales = ceil_scale(amax, e2m1.MAX)
     scaled = grouped / scale_values(scales)[..., None]
     codes = torch.where(scaled.isnan(), 0, _nearest(scaled)).flatten(-2)  # [..., G * group]
-    codes = codes[..., : x.shape[-1]].contiguous()
+    codes = codes[..., : x.shape[-1]]
     return codes[..., 0::2] | codes[..., 1::2] << 4, scales
 
 
@@ -53,7 +53,7 @@ def check_even(x: Tensor, group: int) -> None:
 
 def _nearest(values: Tensor) -> Tensor:
     """Codes of the nearest E2M1 values, ties to the even code, uint8."""
-    grid = torch.from_numpy(e2m1.VALUES[:8]).to(values.device)
+    grid = torch.tensor(e2m1.VALUES[:8]).to(values.device)
     midpoints = (grid[1:] + grid[:-1]) / 2  # exact
     magnitude = values.abs()
     below = torch.bucketize(magnitude, midpoints)  # a midpoint goes down ...

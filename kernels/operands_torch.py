@@ -37,7 +37,7 @@ def scale_values(scales: Tensor) -> Tensor:
 
 def e8m0_table(device: torch.device) -> Tensor:
     """The values of the 256 scale bytes, float32 ``[256]``."""
-    return torch.from_numpy(e8m0.VALUES).to(device)
+    return torch.tensor(e8m0.VALUES).to(device)
 
 
 def lookup(codes: Tensor, table: Tensor) -> Tensor:

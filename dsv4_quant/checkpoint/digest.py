@@ -32,12 +32,8 @@ from dsv4_quant.errors import NotANumberError
 from dsv4_quant.formats.blocks import Tensor
 from dsv4_quant.kernels.canonical_numba import canonical_bf16, canonical_f32, f32_to_bf16
 from dsv4_quant.kernels.fp4_to_bf16_numba import fp4_to_bf16
-from dsv4_quant.kernels.fp8_to_bf16_numba import (
-    fp8_to_bf16_e8m0,
-    fp8_to_bf16_f32,
-    fp8_to_f32_e8m0,
-    fp8_to_f32_f32,
-)
+from dsv4_quant.kernels.fp8_to_bf16_numba import fp8_to_bf16
+from dsv4_quant.kernels.fp8_to_f32_numba import fp8_to_f32
 
 LEAF_VALUES = 1 << 19
 NOT_BF16, IS_NAN = 1, 2
@@ -114,30 +110,17 @@ class LeafHasher:
         codes = panel.codes.reshape(-1, panel.codes.shape[-1])[start:stop]
         if kind == "i64":
             return 8, np.ascontiguousarray(codes)
-        bf16 = self._half(stop - start, cols)
-        if kind == "bf16":
-            flags = canonical_bf16(codes, bf16)
-        elif kind == "fp4":
-            assert panel.scales is not None and panel.format.block is not None
-            flags = fp4_to_bf16(codes, panel.scales[start:stop], panel.format.block[1], bf16)
-        elif kind == "fp8":
-            flags = self._fp8(panel, codes, start, bf16, None)
-        else:
-            flags = NOT_BF16
-        if flags & NOT_BF16:  # the definition's other form
-            single = self._single(stop - start, cols)
-            if kind == "fp8":
-                flags = self._fp8(panel, codes, start, bf16, single) & IS_NAN
-            elif kind == "fp4":
-                assert panel.scales is not None
-                part = Tensor(panel.format, (stop - start, cols), codes, panel.scales[start:stop])
-                single[:] = part.decode()
-                flags |= int(np.isnan(single).any()) * IS_NAN
-            else:
-                single[:] = codes
-            flags = (flags & IS_NAN) | canonical_f32(single, single)
+        half = self._half(stop - start, cols)
+        flags = self._to_half(panel, codes, start, half)
+        width: int = 2
+        values: NDArray[Any] = half
+        if flags & NOT_BF16:  # the definition's other form, if the values are not BF16 after all
+            values = self._single(stop - start, cols)
+            flags = self._to_single(panel, codes, start, values)
+            width = 4
             if not flags & NOT_BF16:
-                f32_to_bf16(single, bf16)
+                f32_to_bf16(values, half)
+                width, values = 2, half
         if flags & IS_NAN:
             where = f"rows {first_row + start}..{first_row + stop - 1}"
             raise NotANumberError(
@@ -145,24 +128,35 @@ class LeafHasher:
                 tensor=name,
                 hint="The file is damaged, or was written by a broken tool; fetch it again.",
             )
-        return (4, single) if flags & NOT_BF16 else (2, bf16)
+        return width, values
 
-    def _fp8(
-        self,
-        panel: Tensor,
-        codes: NDArray[np.uint8],
-        row: int,
-        bf16: NDArray[np.uint16],
-        single: NDArray[np.float32] | None,
+    def _to_half(self, panel: Tensor, codes: NDArray[Any], row: int, out: NDArray[np.uint16]) -> int:
+        """Rows from ``row`` on as BF16 without -0, and the flags; F32 is not tried."""
+        form, scales = panel.format, panel.scales
+        if form.kind == "bf16":
+            return canonical_bf16(codes, out)
+        if form.kind == "f32":
+            return NOT_BF16
+        assert scales is not None and form.block is not None
+        if form.kind == "fp4":
+            return fp4_to_bf16(codes, scales[row : row + len(codes)], form.block[1], out)
+        return fp8_to_bf16(codes, scales, row, *form.block, out, canonical=True)
+
+    def _to_single(
+        self, panel: Tensor, codes: NDArray[Any], row: int, out: NDArray[np.float32]
     ) -> int:
-        assert panel.format.block is not None
-        rows, cols = panel.format.block
-        if single is not None:
-            to_f32 = fp8_to_f32_e8m0 if panel.format.scale == "e8m0" else fp8_to_f32_f32
-            return int(to_f32(codes, panel.scales, row, rows, cols, single))
-        to_bf16 = fp8_to_bf16_e8m0 if panel.format.scale == "e8m0" else fp8_to_bf16_f32
-        flags = int(to_bf16(codes, panel.scales, row, rows, cols, bf16))
-        return flags | int(canonical_bf16(bf16, bf16)) if not flags & NOT_BF16 else flags
+        """Rows from ``row`` on as float32 without -0, and the flags."""
+        form, scales = panel.format, panel.scales
+        if form.kind == "fp8":
+            assert scales is not None and form.block is not None
+            fp8_to_f32(codes, scales, row, *form.block, out)
+        elif form.kind == "fp4":
+            assert scales is not None
+            part = Tensor(form, out.shape, codes, scales[row : row + len(codes)])
+            out[:] = part.decode()
+        else:
+            out[:] = codes
+        return canonical_f32(out, out)
 
     def _half(self, rows: int, cols: int) -> NDArray[np.uint16]:
         if self._bf16.size < rows * cols:

@@ -69,7 +69,7 @@ def _stored_format(spec: TensorSpec, claimed: Catalogue, folder: Folder) -> Form
     weight, scale = _entry(folder, spec.name), _entry(folder, spec.scale_name)
     if weight is None:
         return None
-    if weight.dtype in _FP4_DTYPES:
+    if weight.dtype in _FP4_DTYPES and spec.expert is not None:
         return FP4
     if weight.dtype == "BF16":
         return BF16

@@ -62,7 +62,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.catalogue = catalogue
-        self._files = _OpenFiles(folder.root)
+        self._files = _OpenFiles(folder)
 
     @classmethod
     def open(cls, root: str | Path, config: Path | None = None) -> Checkpoint:
@@ -213,16 +213,29 @@ def summary(folder: Folder) -> Dsv4Error:
 class _OpenFiles:
     """Descriptors of the source files, opened once and shared by all threads."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
 
     def descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._open:
-                self._open[name] = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+                self._open[name] = self._opened(name)
             return self._open[name]
+
+    def _opened(self, name: str) -> int:
+        """Raises SourceChangedError if the file is not as long as when its header was read."""
+        path, header = self._folder.root / name, self._folder.headers[name]
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(fd).st_size != header.data_start + header.data_bytes:
+            os.close(fd)
+            raise SourceChangedError(
+                "The file changed since its header was read",
+                file=path,
+                hint="Is something still writing to it? Run the same command again.",
+            )
+        return fd
 
     def close(self) -> None:
         with self._lock:

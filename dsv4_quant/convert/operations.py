@@ -28,7 +28,7 @@ from dsv4_quant.kernels.bf16_to_fp4_numba import bf16_to_fp4_exact, fp4_scales_e
 from dsv4_quant.kernels.bf16_to_fp8_numba import bf16_to_fp8_exact, fp8_scales_exact
 from dsv4_quant.kernels.fp4_to_bf16_numba import fp4_to_bf16
 from dsv4_quant.kernels.fp4_to_fp8_numba import fp4_to_fp8, fp8_scales
-from dsv4_quant.kernels.fp8_to_bf16_numba import fp8_to_bf16_e8m0, fp8_to_bf16_f32
+from dsv4_quant.kernels.fp8_to_bf16_numba import fp8_to_bf16
 
 Codes = NDArray[np.uint8]
 Half = NDArray[np.uint16]
@@ -106,10 +106,8 @@ def _to_bf16(panel: Panel, proof: Proof | None = None) -> Half:
     b, c = _block(tensor.format)
     if tensor.format.kind == "fp4":
         flags = fp4_to_bf16(tensor.codes, tensor.scales, c, out)
-    elif tensor.format.scale == "e8m0":
-        flags = fp8_to_bf16_e8m0(tensor.codes, tensor.scales, 0, b, c, out)
     else:
-        flags = fp8_to_bf16_f32(tensor.codes, tensor.scales, 0, b, c, out)
+        flags = fp8_to_bf16(tensor.codes, tensor.scales, 0, b, c, out)
     if flags & (IS_NAN | NOT_BF16):
         _explain_bf16(panel)
     return out

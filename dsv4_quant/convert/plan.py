@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from dsv4_quant.catalogue import Catalogue, Formats, Layout, StoredTensor, TensorSpec, check_gpus
+from dsv4_quant.catalogue import (
+    Catalogue,
+    Formats,
+    Layout,
+    StoredTensor,
+    TensorSpec,
+    check_gpus,
+    shard_count,
+    shard_of,
+)
 from dsv4_quant.catalogue import stored as stored_tensors
 from dsv4_quant.checkpoint.header import DTYPE_ORDER, build_header
 from dsv4_quant.checkpoint.placement import pieces
@@ -156,7 +165,7 @@ def _lay_out(
     for spec, tensor in held:
         part = list(pieces(tensor, request.gpus, catalogue.config.n_routed_experts))
         parts[tensor.name] = [
-            (piece.rank if request.layout == "mp" else shard_of(spec, catalogue), piece)
+            (piece.rank if request.layout == "mp" else shard_of(spec, catalogue.config), piece)
             for piece in part
         ]
         for file, piece in parts[tensor.name]:
@@ -191,14 +200,6 @@ def file_names(catalogue: Catalogue, request: Request) -> Iterator[str]:
     if request.layout == "mp":
         yield from (f"model{r}-mp{request.gpus}.safetensors" for r in range(request.gpus))
         return
-    config = catalogue.config
-    count = config.num_hidden_layers + 2 + config.num_mtp_blocks
+    count = shard_count(catalogue.config)
     yield from (f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1))
 
-
-def shard_of(spec: TensorSpec, catalogue: Catalogue) -> int:
-    """The published rule: embed first, one shard per layer, the head, one per mtp block."""
-    layers = catalogue.config.num_hidden_layers
-    if spec.layer is None:
-        return 0 if spec.role == "embed" else layers + 1
-    return spec.layer + 1 if spec.layer < layers else spec.layer + 2

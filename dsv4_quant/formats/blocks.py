@@ -92,7 +92,7 @@ class Tensor:
         """The values, float32 ``shape``. Integers are not weights: a TypeError for i64.
 
         Quantised values are code times scale in float32, exact for power-of-two scales unless the
-        product leaves float32's range.
+        product leaves float32's range and becomes infinite, or NaN, which is left to see.
         """
         if self.format.kind == "i64":
             raise TypeError("an integer table has no float values")
@@ -104,7 +104,8 @@ class Tensor:
             values = e2m1.VALUES[e2m1.unpack(self.codes)]
         else:
             values = e4m3.VALUES[self.codes]
-        return values * self._spread_scales()
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values * self._spread_scales()
 
     def _spread_scales(self) -> NDArray[np.float32]:
         """One float32 scale per value."""

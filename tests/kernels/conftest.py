@@ -17,7 +17,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     if "triton" in sys.modules and not os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError(
-            "triton was imported before TRITON_INTERPRET was set; set TRITON_INTERPRET=1 and run again"
+            "something imported triton before TRITON_INTERPRET was set; set it to 1 and run again"
         )
     os.environ["TRITON_INTERPRET"] = "1"
 
