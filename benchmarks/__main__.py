@@ -37,7 +37,10 @@ def main() -> None:
 def markdown(rows: list[Row], before: list[dict[str, object]]) -> str:
     """The table; with an earlier result, its ratios beside."""
     earlier = {(row["job"], row["cache"]): row["ratio"] for row in before}
-    lines = ["| job | source | time | x `cp`+sync | CPU | peak memory |" + (" before |" if before else "")]
+    lines = [
+        "| job | source | time | x `cp`+sync | CPU | peak memory |"
+        + (" before |" if before else "")
+    ]
     lines.append("|---|---|---:|---:|---:|---:|" + ("---:|" if before else ""))
     for row in rows:
         line = (

@@ -120,7 +120,10 @@ def _check(job: str, arguments: list[str], source: Path, folder: Path, rounds: i
 def _published(source: Path, folder: Path) -> list[Row]:
     """The published way, once: it takes long, and much memory."""
     rows = []
-    for job, extra in (("reshard to 8 GPUs", []), ("FP4 to FP8, 8 GPUs", ["--expert-dtype", "fp8"])):
+    for job, extra in (
+        ("reshard to 8 GPUs", []),
+        ("FP4 to FP8, 8 GPUs", ["--expert-dtype", "fp8"]),
+    ):
         out = folder / "out"
         _remove(out)
         warm(source)

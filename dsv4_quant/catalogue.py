@@ -23,7 +23,7 @@ from typing import Literal
 
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.errors import UsageError
-from dsv4_quant.formats.blocks import BF16, BITS, F32, FP4, I64, Format, fp8
+from dsv4_quant.formats.blocks import BF16, F32, FP4, I64, Format, fp8
 
 Split = Literal[0, 1, "expert"] | None
 """Over GPUs: along that axis, whole experts by index range, or (None) a copy on every GPU."""
@@ -348,15 +348,22 @@ def possible_gpus(catalogue: Catalogue) -> list[int]:
 
 def check_gpus(catalogue: Catalogue, gpus: int) -> None:
     """Raises UsageError that names what cannot be split, and the counts that work."""
+    if gpus < 1:
+        raise UsageError(
+            f"A checkpoint cannot be split over {gpus} GPUs", hint=_possible(catalogue)
+        )
     bad = [f"{what} ({count})" for what, count in _split_units(catalogue) if count % gpus]
     if bad:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        counts = ", ".join(map(str, possible_gpus(catalogue)))
         raise UsageError(
             f"This model cannot be split over {gpus} GPUs: {gpus} does not divide"
             f" {', '.join(bad[:4])}{more}",
-            hint=f"Possible GPU counts: {counts}.",
+            hint=_possible(catalogue),
         )
+
+
+def _possible(catalogue: Catalogue) -> str:
+    return f"Possible GPU counts: {', '.join(map(str, possible_gpus(catalogue)))}."
 
 
 def _split_units(catalogue: Catalogue) -> Iterator[tuple[str, int]]:

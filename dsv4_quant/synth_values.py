@@ -68,13 +68,10 @@ def _stream(key: str, start: int, stop: int) -> Bytes:
 
 def _looked_up(raw: Bytes, dtype: str, table: Words) -> Bytes:
     """Random bytes -> floats: every 16-bit word of them, or of F32 the upper one, by a table."""
-    words = np.zeros(-(-raw.size // 2), "<u2")
-    words.view(np.uint8)[: raw.size] = raw
-    if dtype == "F32":
-        words[1::2] = np.take(table, words[1::2], mode="wrap")
-    else:
-        words = np.take(table, words, mode="wrap")  # every word is inside; wrap skips the check
-    return words.astype("<u2", copy=False).view(np.uint8)[: raw.size]
+    words = (raw if raw.size % 2 == 0 else np.append(raw, np.uint8(0))).view("<u2")
+    upper = words[1::2] if dtype == "F32" else words
+    upper[:] = np.take(table, upper, mode="wrap")  # every word is inside; wrap skips the check
+    return words.view(np.uint8)[: raw.size]
 
 
 def _table(tensor: StoredTensor) -> Words:

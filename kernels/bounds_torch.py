@@ -32,20 +32,23 @@ def sum_error(terms: int) -> float:
     return terms * EPS / (1 - terms * EPS)
 
 
-def gemm_bound(magnitude: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
+def gemm_bound(magnitude: Tensor, cols: int, step: int, dtype: torch.dtype) -> Tensor:
     """For fp8_gemm and fp4_gemm.
 
     The definition is exact but for its last rounding. In the twin the products of codes are exact
-    (4 + 4 bits), at most ``cols`` additions sum a step, two products scale it (exact for powers of
-    two), at most ``cols`` additions join the steps: with the definition's rounding less than
-    ``2 * cols + 3`` operations. Holds while no partial result leaves float32's range.
+    (4 + 4 bits). A product takes part in at most ``step`` additions within its step; tensor cores
+    cut off a few terms and the running sum at a time, which costs one more EPS for every few: less
+    than ``2 * step``. Two products scale the step's sum (exact for powers of two), and it takes
+    part in at most ``cols / step`` additions of steps. One rounding more is the definition's.
+    Holds while no partial result leaves float32's range.
 
     Args:
         magnitude: ``|dequant(x)| @ |dequant(weight)|.T``, float64.
         cols: K.
+        step: along K both scales are constant for so many values: gcd of group and block width.
         dtype: of the results.
     """
-    error = (magnitude * sum_error(2 * cols + 3)) + 2 * cols * TINY
+    error = magnitude * sum_error(2 * step + -(-cols // step) + 3) + 2 * cols * TINY
     return _and_rounding(error, magnitude, dtype)
 
 

@@ -25,7 +25,7 @@ def fp4_gemm(
 ) -> Tensor:
     """``dequant(x) @ dequant(weight).T``, summed in float64, rounded to float32, then to dtype.
 
-    NaN codes and NaN scales make NaN of every sum that they enter.
+    NaN codes and NaN scales make NaN of every sum that they enter. A sum that is zero is +0.
 
     Args:
         x, x_scales: what act_quant returns: codes ``[..., K]``, E8M0 ``[..., ceil(K / group)]``.

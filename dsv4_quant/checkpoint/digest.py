@@ -130,7 +130,9 @@ class LeafHasher:
             )
         return width, values
 
-    def _to_half(self, panel: Tensor, codes: NDArray[Any], row: int, out: NDArray[np.uint16]) -> int:
+    def _to_half(
+        self, panel: Tensor, codes: NDArray[Any], row: int, out: NDArray[np.uint16]
+    ) -> int:
         """Rows from ``row`` on as BF16 without -0, and the flags; F32 is not tried."""
         form, scales = panel.format, panel.scales
         if form.kind == "bf16":

@@ -37,7 +37,7 @@ _PATH = re.compile(r"[/\\]|\.\.")
 
 # safetensors sorts a file's tensors by dtype in this order, then by name.
 DTYPE_ORDER = (
-    "U64", "I64", "C64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
     "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip

@@ -89,9 +89,7 @@ class Manifest:
         }
         text = json.dumps(head, indent=2)[:-2]
         text += ',\n  "files": ' + _lines({n: asdict(r) for n, r in sorted(self.files.items())})
-        text += ',\n  "tensors": ' + _lines(
-            {n: asdict(r) for n, r in sorted(self.tensors.items())}
-        )
+        text += ',\n  "tensors": ' + _lines({n: asdict(r) for n, r in sorted(self.tensors.items())})
         return (text + "\n}\n").encode()
 
 
@@ -169,4 +167,6 @@ def _parse(raw: Any) -> Manifest:
 def _is_plain(name: str) -> bool:
     """A path inside the folder: no way up, not absolute."""
     parts = name.split("/")
-    return bool(name) and name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
+    return (
+        bool(name) and name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
+    )

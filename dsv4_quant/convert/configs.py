@@ -86,9 +86,7 @@ def inference_config_json(config: ModelConfig, formats: Formats) -> bytes:
     if config.is_flat:
         flat = dict(config.raw)
     else:
-        flat = {
-            short: config.raw[key] for short, key in FLAT_KEYS.items() if key in config.raw
-        }
+        flat = {short: config.raw[key] for short, key in FLAT_KEYS.items() if key in config.raw}
         rope = config.raw.get("rope_scaling") or {}
         flat |= {short: rope[key] for short, key in FLAT_ROPE_KEYS.items() if key in rope}
         flat.pop("n_mtp_layers", None)

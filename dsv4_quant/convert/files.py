@@ -85,10 +85,11 @@ class OutputFile:
                     self._is_hashing = False
                     return advanced
             self._sha.update(ready)
-            self.hashed += len(ready)
+            end = self.hashed + len(ready)
+            if end in self._marks:
+                self.marked[end] = self._sha.copy().hexdigest()
+            self.hashed = end  # after its mark: whoever sees the one finds the other
             advanced += len(ready)
-            if self.hashed in self._marks:
-                self.marked[self.hashed] = self._sha.copy().hexdigest()
 
     def sync(self) -> None:
         """Everything written so far is on the disk when this returns."""
@@ -98,8 +99,9 @@ class OutputFile:
             raise _failed(error, self.path) from None
 
     def close(self) -> None:
-        """Closes the descriptor."""
-        os.close(self._fd)
+        """Closes the descriptor; a write that comes too late cannot hit another file."""
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
 
 def _allocate(fd: int, size: int) -> None:
@@ -162,7 +164,7 @@ def sync_folder(path: Path) -> None:
 
 
 def prefix_hashes(path: Path, marks: Iterable[int]) -> dict[int, Any]:
-    """A SHA-256 object for each of the file's prefixes that has those lengths, as far as it goes."""
+    """A SHA-256 object for each prefix of those lengths, as far as the file goes."""
     found: dict[int, Any] = {}
     sha, at = hashlib.sha256(), 0
     with path.open("rb") as file:

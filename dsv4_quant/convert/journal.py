@@ -1,28 +1,31 @@
 """What is safely on the disk, so that the same command continues after any kind of end.
 
 While a conversion runs, everything lies in ``OUT/.dsv4-partial``: the files, a lock, and the
-journal, one JSON object per line. The first line names the plan. Each further line is a *cut*: all
-steps before it are done, every file's bytes up to its mark are on the disk (fdatasync came first)
-and have that SHA-256, and these are the digests that came out. A cut is believed only if the
-bytes still have those hashes: names, sizes and times prove nothing.
+journal, one JSON object per line, each behind its own hash. The first line names the plan, and the
+stamps of the source files that were read. Each further line is a *cut*: all steps before it are
+done, every file's bytes up to its mark are on the disk (fdatasync came first) and have that
+SHA-256, and these are the digests that came out. A cut is believed only if the bytes still have
+those hashes: names, sizes and times prove nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4_quant.convert.files import prefix_hashes, sync_folder
+from blake3 import blake3
+
+from dsv4_quant.convert.files import prefix_hashes, sync_folder, write_durably
 from dsv4_quant.errors import BusyError, WriteError
 
 FOLDER = ".dsv4-partial"
-_LOCK, _JOURNAL = "lock", "journal.jsonl"
+_LOCK, _JOURNAL, _NEW = "lock", "journal", "journal.new"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,15 @@ class Cut:
     results: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """What an earlier run wrote down."""
+
+    plan: Mapping[str, Any]
+    stamps: Mapping[str, Any]
+    cuts: tuple[Cut, ...] = ()
+
+
 @dataclass(slots=True)
 class Resume:
     """Where to continue: steps done, hash objects of the sound prefixes, results so far."""
@@ -41,6 +53,7 @@ class Resume:
     steps: int = 0
     prefixes: dict[str, tuple[int, Any]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    cuts: int = 0
 
 
 class Workspace:
@@ -51,69 +64,74 @@ class Workspace:
         self.folder = out / FOLDER
         try:
             self.made_out = not out.exists()
+            if self.folder.is_symlink():
+                raise OSError(errno.ELOOP, f"{FOLDER} is a symbolic link")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         except OSError as error:
             raise WriteError(
                 f"The output folder cannot be made: {error.strerror}", file=out
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        self._journal: int | None = None
+        if not self._is_ours():
             os.close(self._lock)
             raise BusyError(
                 "Another run is writing to this folder",
                 file=out,
                 hint="Wait for it to end, or give another OUT.",
-            ) from None
-        self._journal: int | None = None
+            )
+
+    def _is_ours(self) -> bool:
+        """Takes the lock; not that of a folder which another run has just removed."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._lock), (self.folder / _LOCK).stat())
+        except OSError:
+            return False
 
     @property
-    def plan(self) -> dict[str, Any] | None:
-        """The first line of the journal, or None when no run got that far."""
-        return next(self._lines(), None)
+    def journal(self) -> Journal | None:
+        """What an earlier run wrote, as far as its lines are whole; None if not even the first."""
+        first, *cuts = self._lines() or [None]
+        if first is None:
+            return None
+        return Journal(first["plan"], first["stamps"], tuple(map(_parse_cut, cuts)))
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """The journal's whole lines; the last one may have been cut by a power loss."""
+    def _lines(self) -> list[dict[str, Any]]:
+        """The lines up to the first that a power loss has torn, or that has lost a bit."""
         try:
             content = (self.folder / _JOURNAL).read_bytes()
         except FileNotFoundError:
-            return
+            return []
+        found = []
         for line in content.split(b"\n"):
-            try:
-                parsed = json.loads(line)
-            except ValueError:
-                return
-            if not isinstance(parsed, dict):
-                return
-            yield parsed
+            check, _, text = line.partition(b" ")
+            if check != _check(text):
+                break
+            found.append(json.loads(text))
+        return found
 
-    def begin(self, plan: Mapping[str, Any]) -> None:
+    def begin(self, plan: Mapping[str, Any], stamps: Mapping[str, Any]) -> None:
         """Empties the folder and starts a journal for this plan."""
         for entry in self.folder.iterdir():
             if entry.name != _LOCK:
                 entry.unlink()
-        self._open_journal()
-        self._append(dict(plan))
+        self._start(Journal(plan, stamps))
+
+    def resume(self, before: Journal, stamps: Mapping[str, Any], cuts: int) -> None:
+        """Continues a journal after its first so many cuts."""
+        self._start(Journal(before.plan, stamps, before.cuts[:cuts]))
+
+    def _start(self, journal: Journal) -> None:
+        lines = [{"plan": journal.plan, "stamps": journal.stamps}, *map(_cut_line, journal.cuts)]
+        write_durably(self.folder / _NEW, b"".join(map(_line, lines)))
+        (self.folder / _NEW).replace(self.folder / _JOURNAL)
         sync_folder(self.folder)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+        self._journal = os.open(self.folder / _JOURNAL, flags)
 
-    def resume(self) -> Resume:
-        """Finds the last cut whose bytes are sound, and continues the journal from there."""
-        lines = list(self._lines())
-        cuts = [
-            Cut(line["steps"], {n: (m[0], m[1]) for n, m in line["files"].items()}, line["results"])
-            for line in lines[1:]
-        ]
-        found = self._sound(cuts)
-        keep = b"".join(_line(line) for line in lines[: 1 + found.count])
-        path = self.folder / _JOURNAL
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(keep)
-        temporary.replace(path)
-        self._open_journal()
-        return found.resume
-
-    def _sound(self, cuts: list[Cut]) -> _Found:
+    def sound(self, cuts: Sequence[Cut]) -> Resume:
+        """The last cut whose bytes, and those of all before it, are as the journal says."""
         marks: dict[str, list[int]] = {}
         for cut in cuts:
             for name, (mark, _) in cut.files.items():
@@ -123,17 +141,18 @@ class Workspace:
             for name, wanted in marks.items()
             if (path := self.locate(name)).is_file()
         }
-        resume, count = Resume(), 0
+        resume = Resume()
         for cut in cuts:
             prefixes = {}
             for name, (mark, sha256) in cut.files.items():
                 held = hashes.get(name, {}).get(mark)
-                if mark and (held is None or held.hexdigest() != sha256):
-                    return _Found(resume, count)
-                prefixes[name] = (mark, held or hashlib.sha256())
-            resume = Resume(cut.steps, prefixes, resume.results | dict(cut.results))
-            count += 1
-        return _Found(resume, count)
+                if held is None or held.hexdigest() != sha256:
+                    return resume
+                prefixes[name] = (mark, held)
+            resume.steps, resume.prefixes = cut.steps, prefixes
+            resume.results |= cut.results
+            resume.cuts += 1
+        return resume
 
     def locate(self, name: str) -> Path:
         """Where a weight file is: here, or already at its place."""
@@ -142,18 +161,11 @@ class Workspace:
 
     def record(self, cut: Cut) -> None:
         """Appends a cut; on the disk when this returns."""
-        self._append({"steps": cut.steps, "files": cut.files, "results": cut.results})
-
-    def _open_journal(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._journal = os.open(self.folder / _JOURNAL, flags, 0o644)
-
-    def _append(self, line: Mapping[str, Any]) -> None:
         assert self._journal is not None
-        data = _line(line)
+        data = _line(_cut_line(cut))
         try:
             if os.write(self._journal, data) != len(data):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._journal)
         except OSError as error:
             raise WriteError(
@@ -172,17 +184,25 @@ class Workspace:
 
     def close(self) -> None:
         """Lets another run in."""
-        if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            os.close(journal)
         os.close(self._lock)
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    resume: Resume
-    count: int
+def _cut_line(cut: Cut) -> dict[str, Any]:
+    return {"steps": cut.steps, "files": cut.files, "results": cut.results}
+
+
+def _parse_cut(line: Mapping[str, Any]) -> Cut:
+    files = {name: (mark, sha256) for name, (mark, sha256) in line["files"].items()}
+    return Cut(line["steps"], files, line["results"])
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return _check(text) + b" " + text + b"\n"
+
+
+def _check(text: bytes) -> bytes:
+    return blake3(text).hexdigest().encode()

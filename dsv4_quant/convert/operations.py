@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dsv4_quant.checkpoint.digest import IS_NAN, NOT_BF16
 from dsv4_quant.errors import NotANumberError, ValueNotExactError
-from dsv4_quant.formats import bf16
+from dsv4_quant.formats import bf16, e8m0
 from dsv4_quant.formats.blocks import Format, Tensor
 from dsv4_quant.kernels.bf16_to_fp4_numba import bf16_to_fp4_exact, fp4_scales_exact
 from dsv4_quant.kernels.bf16_to_fp8_numba import bf16_to_fp8_exact, fp8_scales_exact
@@ -128,54 +128,45 @@ def _to_fp4(panel: Panel, proof: Proof) -> Codes:
     half, group = _to_bf16(panel), _block(panel.after)[1]
     rows, cols = half.shape
     scales, out = np.empty((rows, cols // group), np.uint8), np.empty((rows, cols // 2), np.uint8)
-    result = np.zeros(8, np.int64)
-    if bf16_to_fp4_exact(half, group, scales, out, result):
-        row, block = int(result[0]), int(result[1])
-        _explain_codes(panel, half, row, 1, block * group, group, "FP4")
+    at = np.zeros(3, np.int64)
+    _check_codes(panel, bf16_to_fp4_exact(half, group, scales, out, at), at)
     proof.tiles += scales.size
     return out
 
 
 def _fp4_scales(panel: Panel) -> Codes:
     half, group = _to_bf16(panel), _block(panel.after)[1]
-    out = np.empty((half.shape[0], half.shape[1] // group), np.uint8)
-    fp4_scales_exact(half, group, out)
+    out, at = np.empty((half.shape[0], half.shape[1] // group), np.uint8), np.zeros(3, np.int64)
+    _check_codes(panel, fp4_scales_exact(half, group, out, at), at)
     return out
 
 
 def _to_fp8(panel: Panel, proof: Proof) -> Codes:
     half, (b, c) = _to_bf16(panel), _block(panel.after)
-    scales, out = np.empty(panel.after.scale_shape(half.shape), np.uint8), np.empty(half.shape, np.uint8)
-    result = np.zeros(8, np.int64)
-    if bf16_to_fp8_exact(half, b, c, scales, out, result):
-        row, col = int(result[0]), int(result[1])
-        _explain_codes(panel, half, row * b, b, col * c, c, "FP8")
+    scales = np.empty(panel.after.scale_shape(half.shape), np.uint8)
+    out, at = np.empty(half.shape, np.uint8), np.zeros(3, np.int64)
+    _check_codes(panel, bf16_to_fp8_exact(half, b, c, scales, out, at), at)
     proof.tiles += scales.size
     return out
 
 
 def _to_fp8_scales(panel: Panel) -> NDArray[Any]:
     half, (b, c) = _to_bf16(panel), _block(panel.after)
-    out = np.empty(panel.after.scale_shape(half.shape), np.uint8)
-    fp8_scales_exact(half, b, c, out)
-    if panel.after.scale == "f32":
-        return np.ldexp(np.float32(1), out.astype(np.int32) - 127)
-    return out
+    out, at = np.empty(panel.after.scale_shape(half.shape), np.uint8), np.zeros(3, np.int64)
+    _check_codes(panel, fp8_scales_exact(half, b, c, out, at), at)
+    return e8m0.VALUES[out] if panel.after.scale == "f32" else out
 
 
-def _explain_codes(
-    panel: Panel, half: Half, row: int, rows: int, col: int, cols: int, kind: str
-) -> NoReturn:
-    values = bf16.decode(half[row : row + rows, col : col + cols])
-    if not np.isfinite(values).all():
-        at = np.argwhere(~np.isfinite(values))[0]
-        _nan(panel, panel.first_row + row + int(at[0]), col + int(at[1]))
-    _not_exact(
-        panel,
-        panel.first_row + row,
-        col,
-        f"its values, up to {np.abs(values).max():g}, are not all on one {kind} grid",
-    )
+def _check_codes(panel: Panel, flags: int, at: NDArray[np.int64]) -> None:
+    """Refuses what an exact encoder could not hold; ``at``: row, column, BF16 bits of a value."""
+    row, col = panel.first_row + int(at[0]), int(at[1])
+    if flags & IS_NAN:
+        _nan(panel, row, col)
+    if flags & NOT_BF16:
+        b, c = _block(panel.after)
+        value = bf16.decode(np.array([at[2]], np.uint16))[0]
+        why = f"{value:g} is not on the grid that reaches the tile's largest value"
+        _not_exact(panel, row // b * b, col // c * c, why)
 
 
 def _not_exact(panel: Panel, row: int, col: int, why: str) -> NoReturn:

@@ -202,4 +202,3 @@ def file_names(catalogue: Catalogue, request: Request) -> Iterator[str]:
         return
     count = shard_count(catalogue.config)
     yield from (f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1))
-

@@ -17,7 +17,6 @@ from dsv4_quant import __version__
 from dsv4_quant.checkpoint.manifest import (
     MANIFEST,
     SUMS,
-    Certificate,
     FileRecord,
     Manifest,
     TensorRecord,
@@ -26,10 +25,11 @@ from dsv4_quant.checkpoint.manifest import (
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.sidecars import carried_files, identity
 from dsv4_quant.convert.budget import Budget, budget
+from dsv4_quant.convert.certificate import certificates
 from dsv4_quant.convert.configs import config_json, index_json, inference_config_json
 from dsv4_quant.convert.files import sync_folder, write_durably
 from dsv4_quant.convert.journal import FOLDER, Resume, Workspace
-from dsv4_quant.convert.plan import COPY, Plan, make_plan
+from dsv4_quant.convert.plan import Plan, make_plan
 from dsv4_quant.convert.request import Request
 from dsv4_quant.convert.stream import Result, Stream
 from dsv4_quant.errors import (
@@ -295,25 +295,3 @@ def _manifest(
         options={"experts": plan.request.experts, "dense": plan.request.dense},
         certificate=certificates(plan, results),
     )
-
-
-def certificates(plan: Plan, results: Mapping[str, Result]) -> dict[str, Certificate]:
-    """Per operation, what its tiles proved; copies need no proof."""
-    found: dict[str, Certificate] = {}
-    for step in plan.steps:
-        if step.out.is_scale or step.operation == COPY:
-            continue
-        proof = results[step.spec.name].proof
-        before = found.get(step.operation, Certificate())
-        widest = max(proof.spreads, default=0)
-        spreads = dict(before.spreads)
-        for spread, count in proof.spreads.items():
-            spreads[spread] = spreads.get(spread, 0) + count
-        is_worst = proof.spreads and widest > max(before.spreads, default=-1)
-        found[step.operation] = Certificate(
-            tiles=before.tiles + proof.tiles,
-            tensors=before.tensors + 1,
-            spreads=dict(sorted(spreads.items())),
-            worst=step.spec.name if is_worst else before.worst,
-        )
-    return found

@@ -56,7 +56,7 @@ class Result:
     @classmethod
     def from_json(cls, value: Any) -> Result:
         """The inverse of to_json."""
-        return cls(value[0], Proof(value[1], Counter({s: n for s, n in value[2]})))
+        return cls(value[0], Proof(value[1], Counter(dict(value[2]))))
 
 
 @dataclass(slots=True)
@@ -81,54 +81,66 @@ class Stream:
         self._open: dict[int, _OpenWeight] = {}
         self._cuts = list(cuts(plan))
         self._pending, self._room = 0, threading.Condition()
-        self.files = [
-            OutputFile(
-                work.locate(file.name), file.size, [cut.get(i, 0) for _, cut in self._cuts]
-            )
-            for i, file in enumerate(plan.files)
-        ]
-        for file, written in zip(plan.files, self.files, strict=True):
-            if file.name in resume.prefixes:
-                written.continue_from(*resume.prefixes[file.name])
-        self._stopped = False
+        self._failed: list[BaseException] = []
+        self.files: list[OutputFile] = []
+        try:
+            for index, file in enumerate(plan.files):
+                marks = [cut.get(index, 0) for _, cut in self._cuts]
+                self.files.append(OutputFile(work.locate(file.name), file.size, marks))
+                if file.name in resume.prefixes:
+                    self.files[-1].continue_from(*resume.prefixes[file.name])
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, workers: int) -> None:
         """Works through all steps. Raises the first error, of whatever thread."""
-        limit = 4 * workers * self._values
-        failed: list[BaseException] = []
-        journal = threading.Thread(target=self._keep_journal, args=(failed,), daemon=True)
+        journal = threading.Thread(target=self._keep_journal, daemon=True)
         journal.start()
-        self._write_headers()
+        try:
+            self._write_headers()
+            work_in_threads(self._admitted(4 * workers * self._values), self._worker, workers)
+            journal.join()
+        except BaseException as error:
+            self._fail(error)
+            journal.join()
+            raise
+        if self._failed:
+            raise self._failed[0]
 
-        def worker() -> Callable[[list[Bite]], None]:
-            hasher = LeafHasher()
+    def _worker(self) -> Callable[[list[Bite]], None]:
+        hasher = LeafHasher()
 
-            def work(batch: list[Bite]) -> None:
-                with self._room:
-                    self._room.wait_for(lambda: self._pending < limit or failed)
-                if failed:
-                    raise failed[0]
+        def work(batch: list[Bite]) -> None:
+            try:
                 for bite in batch:
                     self._take(bite, hasher)
-                with self._room:
-                    self._room.notify_all()
+            except BaseException as error:
+                self._fail(error)
+                raise
+            with self._room:
+                self._room.notify_all()
 
-            return work
+        return work
 
-        try:
-            work_in_threads(self._batches(), worker, workers)
-        except BaseException:
-            self._stop(journal)
-            raise
-        journal.join()
-        if failed:
-            raise failed[0]
-
-    def _stop(self, journal: threading.Thread) -> None:
+    def _fail(self, error: BaseException) -> None:
+        """Wakes whoever waits: what they wait for will not come."""
         with self._room:
-            self._stopped = True
+            self._failed.append(error)
             self._room.notify_all()
-        journal.join()
+
+    def _admitted(self, limit: int) -> Iterator[list[Bite]]:
+        """Batches, each when there is room for more bytes that wait to be hashed.
+
+        The wait is here, where batches are handed out in order: a batch that has been handed out
+        never waits, so the one that closes a gap cannot wait for those behind it.
+        """
+        for batch in self._batches():
+            with self._room:
+                self._room.wait_for(lambda: self._pending < limit or self._failed)
+                if self._failed:
+                    raise self._failed[0]
+            yield batch
 
     def _write_headers(self) -> None:
         for file, written in zip(self._plan.files, self.files, strict=True):
@@ -161,12 +173,11 @@ class Stream:
         if step.out.is_scale:
             data, first = self._scales(step, bite)
         else:
-            panel = source.read_rows(spec.name, bite.start, bite.stop)
-            for leaf in hasher.leaves(spec.name, panel, bite.start):
-                self._open[bite.step].digest.add(*leaf)
-            proof = Proof()
+            panel, proof = source.read_rows(spec.name, bite.start, bite.stop), Proof()
             held = Panel(spec.name, bite.start, panel, step.out.spec.format)
             data, first = operations.weight(step.operation, held, proof), bite.start
+            for leaf in hasher.leaves(spec.name, panel, bite.start):
+                self._open[bite.step].digest.add(*leaf)
             self._finish(bite.step, proof)
         rows = 1 if len(spec.shape) == 1 else data.shape[0]
         self._write(step, first, data.reshape(rows, -1).view(np.uint8))
@@ -221,7 +232,7 @@ class Stream:
                 if hashed:
                     self._room.notify_all()
 
-    def _keep_journal(self, failed: list[BaseException]) -> None:
+    def _keep_journal(self) -> None:
         """Records every cut once all bytes before it are hashed, durable after a sync."""
         done = 0
         try:
@@ -234,15 +245,13 @@ class Stream:
                     self._work.record(self._cut(done, steps, marks))
                 done = steps
         except BaseException as error:
-            with self._room:
-                failed.append(error)
-                self._room.notify_all()
+            self._fail(error)
 
     def _wait_for(self, marks: dict[int, int]) -> bool:
-        """Until every file is hashed up to its mark; False if the run stopped before."""
+        """Until every file is hashed up to its mark; False if the run failed before."""
         with self._room:
-            self._room.wait_for(lambda: self._stopped or self._reached(marks))
-        return self._reached(marks)
+            self._room.wait_for(lambda: self._failed or self._reached(marks))
+            return not self._failed
 
     def _cut(self, done: int, steps: int, marks: dict[int, int]) -> Cut:
         files = {
@@ -287,4 +296,3 @@ def read_scales(source: Checkpoint, spec: TensorSpec, start: int, stop: int) -> 
 def bytes_done(resume: Resume) -> int:
     """Bytes that a resumed run need not write again."""
     return sum(mark for mark, _ in resume.prefixes.values())
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -31,7 +32,8 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def ieee() -> Iterator[None]:
     """NaN and infinities are data here; numpy, under the interpreter, must not warn of them."""
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -80,16 +82,23 @@ def test_twin_is_within_its_bound(fmt, group, shape, dtype, near, device):
     found = gemm(fmt)(*arguments(x, weight, device), fmt, group, dtype, backend="triton")
     assert found.dtype == dtype
     total, magnitude = exact(x, weight)
-    near(found, total.float().to(dtype), gemm_bound(magnitude, shape[2], dtype))
+    step = math.gcd(group, fmt.block[1])
+    near(found, total.float().to(dtype), gemm_bound(magnitude, shape[2], step, dtype))
 
 
 def test_the_bound_notices_one_wrong_code():
-    """What the bound is worth: one changed code moves some result of a real K beyond it."""
-    x, weight = operands(FP4, 128, (4, 2, 4096))
-    total, magnitude = exact(x, weight)
-    weight.codes[0, 1000] ^= 0x01
-    moved = (exact(x, weight)[0] - total).abs()
-    assert (moved > gemm_bound(magnitude, 4096, torch.float32))[:, 0].any()
+    """What the bound is worth: the least change of one FP4 code, at a real K, is beyond it."""
+    shape = (16, 1, 4096)
+    activations = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(0))
+    codes, scales = (part.numpy() for part in ops.act_quant(activations, backend="torch"))
+    x = Tensor(fp8((1, 128)), codes.shape, codes, scales)
+    weight = operands(FP4, 128, shape)[1]
+    weight.scales[:] = e8m0.BIAS
+    weight.codes[0, 1000] &= 0xF0  # 0, and then 0.5
+    before, magnitude = exact(x, weight)
+    weight.codes[0, 1000] |= 0x01
+    moved = (exact(x, weight)[0] - before).abs()
+    assert (moved > gemm_bound(magnitude, shape[2], 32, torch.float32)).sum() > shape[0] // 2
 
 
 @backends
@@ -110,7 +119,7 @@ def test_every_fp4_byte_against_every_fp8_code(backend, same, device):
     fmt = Format("fp4", (1, 2), "e8m0")
     found = ops.fp4_gemm(x, scales, codes[:, None], scales, fmt, 2, torch.float32, backend=backend)
     weight = e2m1.VALUES[e2m1.unpack(np.arange(256, dtype=np.uint8)[:, None])]
-    same(found, torch.from_numpy(e4m3.VALUES[:, None] * weight[:, 0] + weight[:, 1]))
+    same(found, torch.from_numpy(e4m3.VALUES[:, None] * weight[:, 0] + weight[:, 1] + 0))
 
 
 @backends

@@ -1,0 +1,121 @@
+"""How much of the device's copy bandwidth each Triton kernel reaches.
+
+    python -m benchmarks.kernels [--tokens 8192]
+
+Shapes are V4-Flash's. Bytes are those that must move: every operand read once, every result written
+once, and for sparse_attn the listed keys. The yardstick is a plain device copy of 1 GiB, counted
+the same way (read and written). Needs a GPU; without one it says so and ends well.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_quant.formats.blocks import FP4, Format
+from dsv4_quant.kernels import ops
+from dsv4_quant.kernels.defaults import FP8
+
+HIDDEN, HEADS, HEAD_DIM, INDEX_HEADS, INDEX_DIM = 4096, 64, 512, 64, 128
+EXPERT, LISTED, STREAMS, DECODED = 2048, 640, 4, 16
+
+
+def main() -> None:
+    """Measure and print one line per kernel."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser.add_argument("--tokens", type=int, default=8192, help="rows of activations")
+    tokens = parser.parse_args().tokens
+    if not torch.cuda.is_available():
+        print("the kernels' benchmark needs a GPU and finds none: nothing was measured")
+        return
+    yardstick = _copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, copy {yardstick / 1e9:.0f} GB/s")
+    print(f"{'kernel':40} {'ms':>9} {'GB/s':>8} {'of copy':>8}")
+    for name, call, moved in _cases(tokens):
+        seconds = _seconds(call)
+        rate = moved / seconds
+        print(f"{name:40} {seconds * 1e3:9.3f} {rate / 1e9:8.0f} {rate / yardstick:8.0%}")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines."""
+
+
+def _cases(tokens: int) -> list[tuple[str, Callable[[], Any], int]]:
+    """Name, call and bytes of every kernel."""
+    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    heads = torch.randn(tokens, INDEX_HEADS, INDEX_DIM, device="cuda", dtype=torch.bfloat16)
+    mixes = torch.randn(tokens, (2 + STREAMS) * STREAMS, device="cuda")
+    scale, base = torch.ones(3, device="cuda"), mixes[0].clone()
+    cases: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        (f"act_quant {tokens}x{HIDDEN}", ops.act_quant, (x,)),
+        (f"fp4_act_quant {tokens}x{INDEX_HEADS}x{INDEX_DIM}", ops.fp4_act_quant, (heads,)),
+        (f"hadamard {tokens}x{INDEX_HEADS}x{INDEX_DIM}", ops.hadamard, (heads,)),
+        (f"hc_split_sinkhorn {tokens}", ops.hc_split_sinkhorn, (mixes, scale, base, STREAMS)),
+    ]
+    for fmt, gemm in ((FP8, ops.fp8_gemm), (FP4, ops.fp4_gemm)):
+        large = _weight(fmt, 32 * EXPERT)
+        cases.append((f"block_dequant {fmt.kind} {32 * EXPERT}x{HIDDEN}", ops.block_dequant, large))
+        for rows in (DECODED, tokens):
+            operands = (*ops.act_quant(x[:rows]), *_weight(fmt, EXPERT))
+            cases.append((f"{fmt.kind}_gemm {rows}x{HIDDEN} -> {EXPERT}", gemm, operands))
+    measured = []
+    for name, operation, operands in cases:
+        moved = _bytes(operands) + _bytes(operation(*operands))
+        measured.append((name, _bind(operation, operands), moved))
+    return [*measured, _attention()]
+
+
+def _attention() -> tuple[str, Callable[[], Any], int]:
+    """sparse_attn at 512 positions; every position reads its own keys."""
+    q = torch.randn(1, 512, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    kv = torch.randn(1, 8192, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    sink = torch.zeros(HEADS, device="cuda")
+    indices = torch.randint(8192, (1, 512, LISTED), device="cuda", dtype=torch.int32)
+    operands = (q, kv, sink, indices, HEAD_DIM**-0.5)
+    moved = 2 * q.nbytes + indices.nbytes + indices.numel() * HEAD_DIM * kv.itemsize
+    return (
+        f"sparse_attn 512x{HEADS}x{HEAD_DIM}, {LISTED} keys",
+        _bind(ops.sparse_attn, operands),
+        moved,
+    )
+
+
+def _weight(fmt: Format, rows: int) -> tuple[Tensor, Tensor, Format]:
+    """Random codes ``[rows, HIDDEN]`` and scales, with their format."""
+    width = HIDDEN // (2 if fmt.kind == "fp4" else 1)
+    codes = torch.randint(0, 256, (rows, width), device="cuda", dtype=torch.uint8)
+    shape = fmt.scale_shape((rows, HIDDEN))
+    return codes, torch.randint(110, 120, shape, device="cuda", dtype=torch.uint8), fmt
+
+
+def _bind(operation: Callable[..., Any], operands: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: operation(*operands, backend="triton")
+
+
+def _bytes(values: Any) -> int:
+    """Bytes of a tensor, or of the tensors among some values."""
+    values = values if isinstance(values, tuple) else (values,)
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Median time of a call, caches flushed between calls."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median")) / 1e3
+
+
+def _copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a device copy of 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+
+
+if __name__ == "__main__":
+    main()

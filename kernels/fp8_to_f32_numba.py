@@ -1,0 +1,61 @@
+"""FP8 to float32: ``e4m3 * scale`` per block, where BF16 cannot hold the product.
+
+That is so only for float32 scales with more than 5 significant bits. With a power of two every
+product is exact but at the very ends; with any other scale a product is exact while code and scale
+need at most 24 significant bits together, and is rounded to nearest, ties to even, otherwise.
+
+Dimensions: R rows, C columns of the panel; the tensor's scales are [h, w].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsv4_quant.formats import e4m3
+from dsv4_quant.kernels.fp8_to_bf16_numba import block_scales
+from dsv4_quant.kernels.jit_numba import INEXACT, NAN, expect, kernel
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+def fp8_to_f32(
+    codes: Bytes, scales: Bytes | Floats, row0: int, block_rows: int, block_cols: int, out: Floats
+) -> int:
+    """Decode a panel. -0 keeps its sign.
+
+    Args:
+        codes: ``[R, C]`` E4M3.
+        scales: ``[h, w]`` of the whole tensor: uint8 is E8M0, float32 is itself.
+        row0: the panel's first row in the tensor.
+        block_rows, block_cols: size of a block.
+        out: ``[R, C]``, written.
+
+    Returns:
+        INEXACT if some product does not exist in float32, NAN if a code or a scale is NaN or a
+        scale is infinite; both, or 0.
+    """
+    met = block_scales(codes, scales, row0, block_rows, block_cols)
+    expect("out", out, np.float32, codes.shape)
+    return _fp8_to_f32(codes, met, row0 % block_rows, block_rows, e4m3.VALUES, out)
+
+
+@kernel
+def _fp8_to_f32(
+    codes: Bytes, scales: Floats, row0: int, block_rows: int, values: Floats, out: Floats
+) -> int:
+    """The product is exact in float64, so comparing with it finds every rounding."""
+    width = codes.shape[1] // scales.shape[1]
+    differing, nans = 0, 0
+    for row in range(codes.shape[0]):
+        block_row = (row0 + row) // block_rows
+        for b in range(scales.shape[1]):
+            scale = np.float64(scales[block_row, b])
+            for col in range(b * width, (b + 1) * width):
+                product = np.float64(values[codes[row, col]]) * scale
+                rounded = np.float32(product)
+                out[row, col] = rounded
+                differing += np.float64(rounded) != product  # so does every NaN
+                nans += product != product
+    return (NAN if nans else 0) | (INEXACT if differing > nans else 0)
