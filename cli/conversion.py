@@ -127,13 +127,14 @@ def describe(report: ConvertReport) -> str:
         f"{report.out}: {size(report.bytes)}{again} in {duration(report.seconds)},"
         f" {size(rate)}/s, {len(manifest.tensors):,} weights in {manifest.layout} layout",
         f"value digest  {manifest.value_digest}",
-        *_proofs(manifest),
+        *proofs(manifest),
         f"{MANIFEST} and SHA256SUMS say what every file must be; `dsv4-quant verify` checks it.",
     ]
     return "\n".join(lines)
 
 
-def _proofs(manifest: Manifest) -> list[str]:
+def proofs(manifest: Manifest) -> list[str]:
+    """What the certificate says, a line per operation."""
     lines = []
     for operation, proof in manifest.certificate.items():
         if proof.spreads:

@@ -7,6 +7,7 @@ its top, like any module, and ``--help`` still answers at once.
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from typing import Any
@@ -21,6 +22,7 @@ COMMANDS = {
     "inspect": "What a checkpoint holds, from its headers alone.",
     "convert": "Convert a checkpoint: another layout, GPU count or format of the experts.",
     "repack": "Split over another number of GPUs, or put back together.",
+    "demo": "The whole loop on a small synthetic checkpoint, in under a minute.",
     "synth": "Make a seeded random checkpoint in the published format.",
 }
 """Name -> one-line help. The command lives in the file of that name."""
@@ -86,4 +88,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
+    gc.set_threshold(200_000, 20, 20)  # headers are a million objects that live: don't walk them
     app(prog_name="dsv4-quant")

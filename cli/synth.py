@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -13,7 +14,14 @@ from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.tables import size
 from dsv4_quant.synth import synth
-from dsv4_quant.synth_config import Experts
+
+
+class Experts(StrEnum):
+    """What the routed experts are stored in."""
+
+    fp4 = "fp4"
+    fp8 = "fp8"
+    bf16 = "bf16"
 
 
 def command(
@@ -27,8 +35,7 @@ def command(
         ),
     ] = "tiny",
     experts: Annotated[
-        str | None,
-        typer.Option(metavar="fp4|fp8|bf16", help="The experts' format, if not the config's."),
+        Experts | None, typer.Option(help="The experts' format, if not the config's.")
     ] = None,
     layers: Annotated[
         int | None, typer.Option(metavar="N", help="Only the model's first N layers.")
@@ -55,7 +62,7 @@ def command(
         report = synth(
             out,
             config=config,
-            experts=cast(Experts | None, experts),
+            experts=None if experts is None else experts.value,
             layers=layers,
             seed=seed,
             shards=shards,

@@ -129,9 +129,7 @@ def _expert_formats(held: Formats, block: tuple[int, int]) -> tuple[Format, ...]
     return FP4, held.experts if held.experts.kind == "fp8" else fp8(block), BF16
 
 
-def _total(
-    classes: list[tuple[TensorSpec, int]], experts: Format, gpus: int
-) -> tuple[int, int]:
+def _total(classes: list[tuple[TensorSpec, int]], experts: Format, gpus: int) -> tuple[int, int]:
     """Tensors and bytes on one GPU with the experts in another format."""
     tensors = size = 0
     for spec, count in classes:
@@ -160,11 +158,11 @@ def _on_one_gpu(
 
 def _classes(catalogue: Catalogue) -> Iterator[tuple[TensorSpec, int]]:
     """One weight of every class, and how many there are of it."""
-    first: dict[tuple[object, ...], TensorSpec] = {}
-    counts: Counter[tuple[object, ...]] = Counter()
+    first: dict[object, TensorSpec] = {}
+    counts: Counter[object] = Counter()
     for spec in catalogue.specs.values():
         key = (spec.shape, spec.format, spec.split, spec.role, spec.kind)
         first.setdefault(key, spec)
         counts[key] += 1
-    for key, spec in first.items():
-        yield spec, counts[key]
+    for found, spec in first.items():
+        yield spec, counts[found]

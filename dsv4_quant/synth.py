@@ -7,13 +7,10 @@ on every machine (``synth_values`` says why).
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,18 +19,16 @@ from dsv4_quant.checkpoint.folder import INDEX
 from dsv4_quant.checkpoint.header import build_header
 from dsv4_quant.checkpoint.placement import geometry
 from dsv4_quant.convert.configs import index_json
-from dsv4_quant.errors import DiskSpaceError, UsageError, WriteError
+from dsv4_quant.errors import UsageError
 from dsv4_quant.progress import NoProgress, Progress
 from dsv4_quant.synth_config import Experts, synthetic_catalogue
+from dsv4_quant.synth_folder import NewFolder, write_all
 from dsv4_quant.synth_values import generate
 
 PANEL_BYTES = 4 << 20
 """What one thread makes and writes at a time."""
 
 MAX_THREADS = 4
-
-_DONT_CACHE = 0x80
-"""RWF_DONTCACHE: the kernel starts writing at once and drops the pages after (Linux 6.14)."""
 
 GENERATION_CONFIG = {
     "_from_model_config": True,
@@ -87,7 +82,7 @@ def synth(
     content = list(_shards(catalogue, shards))
     total = sum(tensor.nbytes for tensors in content for tensor in tensors)
     root = Path(out)
-    with _Output(root, total) as output:
+    with NewFolder(root, total) as output:
         progress = progress or NoProgress()
         progress.stage("synthesising")
         progress.total(total)
@@ -141,23 +136,12 @@ def _write_shard(
 
         def write(panel: tuple[StoredTensor, int, int]) -> int:
             tensor, start, stop = panel
-            data = memoryview(generate(tensor, seed, experts, start, stop))
-            _write_all(file.fileno(), data, len(header) + entries[tensor.name].start + start)
+            data = generate(tensor, seed, experts, start, stop).data
+            write_all(file.fileno(), data, len(header) + entries[tensor.name].start + start)
             return stop - start
 
         yield from pool.map(write, _panels(tensors))
         os.fsync(file.fileno())
-
-
-def _write_all(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        try:
-            done = os.pwritev(fd, [data], at, _DONT_CACHE)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            done = os.pwritev(fd, [data], at)  # an older kernel, or another filesystem
-        data, at = data[done:], at + done
 
 
 def _threads() -> int:
@@ -175,66 +159,3 @@ def _panels(tensors: list[StoredTensor]) -> Iterator[tuple[StoredTensor, int, in
 
 def _json(value: object) -> bytes:
     return json.dumps(value, indent=2).encode()
-
-
-class _Output:
-    """A new folder: files appear whole, under their names, or not at all."""
-
-    def __init__(self, root: Path, size: int) -> None:
-        self._root, self._size = root, size
-        self._made: list[Path] = []
-
-    def __enter__(self) -> _Output:
-        self._is_new = not self._root.exists()
-        if not self._is_new and (not self._root.is_dir() or any(self._root.iterdir())):
-            raise UsageError(
-                "The output is not an empty folder",
-                file=self._root,
-                hint="Name another one, or remove it first.",
-            )
-        self._root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._root).free
-        if free < self._size:
-            self._discard()
-            raise DiskSpaceError(
-                f"The checkpoint needs {self._size:,} bytes, the disk has {free:,} left",
-                file=self._root,
-                hint="Make room, or make fewer --layers.",
-            )
-        return self
-
-    def begin(self, name: str) -> Path:
-        """Where a file is to be written until it is whole."""
-        path = self._root / f"{name}.partial"
-        self._made.append(path)
-        return path
-
-    def finish(self, name: str) -> None:
-        """The file is whole and on disk: it gets its name."""
-        path = self._root / name
-        self._made.append(path)
-        (self._root / f"{name}.partial").replace(path)
-
-    def write(self, name: str, content: bytes) -> None:
-        """A small file at once."""
-        with self.begin(name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        self.finish(name)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
-        self._discard()
-        if isinstance(error, OSError):
-            raise WriteError(
-                f"The system refused to write: {error.strerror}", file=error.filename or self._root
-            ) from error
-
-    def _discard(self) -> None:
-        for path in self._made:
-            path.unlink(missing_ok=True)
-        if self._is_new:
-            with suppress(OSError):
-                self._root.rmdir()

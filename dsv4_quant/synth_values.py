@@ -35,8 +35,11 @@ E4M3_UNIT = 13
 FLOAT_BIAS = 127
 """Exponent field of 1.0 in F32 and BF16, and the byte of 1.0 in E8M0."""
 
-FP8_SCALE, FP4_SCALE = -6, -4
-"""Exponent of the smallest scale where a row has one value; half its log2 is taken off."""
+SCALES = {"fp8": (-6, 1), "fp4": (-4, 3)}
+"""Exponent of the smallest scale, for rows of one value, and how many octaves scales spread.
+
+V4-Flash's attention has 2**-12 and 2**-11 in rows of 4096, and so has its synthetic twin.
+"""
 
 DAMPING = 3
 DAMPED = ("w2.weight", "wo_b.weight")
@@ -62,8 +65,8 @@ def _stream(key: str, start: int, stop: int) -> Bytes:
     bits = np.random.PCG64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest()))
     bits.advance(start // 8)
     first = start - start % 8
-    words = bits.random_raw(-(-(stop - first) // 8)).astype("<u8", copy=False)
-    return words.view(np.uint8)[start - first : stop - first]
+    words: NDArray[np.uint64] = bits.random_raw(-(-(stop - first) // 8))
+    return words.astype("<u8", copy=False).view(np.uint8)[start - first : stop - first]
 
 
 def _looked_up(raw: Bytes, dtype: str, table: Words) -> Bytes:
@@ -97,7 +100,7 @@ def _bell(octave: int) -> Words:
     """Word -> BF16 (or F32's upper half): sign and mantissa kept, the exponent from OCTAVES."""
     words = np.arange(1 << 16)
     field = FLOAT_BIAS + octave + np.array(OCTAVES)[(words >> 7) & 15]
-    return ((words & 0x807F) | (field << 7)).astype(np.uint16)
+    return np.asarray((words & 0x807F) | (field << 7), np.uint16)
 
 
 @cache
@@ -107,7 +110,7 @@ def _e4m3_pairs() -> Words:
     field = np.maximum(E4M3_UNIT + np.array(OCTAVES)[(code >> 3) & 15], 0)
     codes = (code & 0x87) | (field << 3)
     words = np.arange(1 << 16)
-    return (codes[words & 0xFF] | (codes[words >> 8] << 8)).astype(np.uint16)
+    return np.asarray(codes[words & 0xFF] | (codes[words >> 8] << 8), np.uint16)
 
 
 @cache
@@ -126,11 +129,11 @@ def _positive() -> Words:
 
 def _scales(raw: Bytes, tensor: StoredTensor) -> Bytes:
     """Powers of two: of each row's 32 columns one of four in FP4, of each FP8 block one of two."""
-    smallest, mask = (FP4_SCALE, 3) if tensor.spec.format.kind == "fp4" else (FP8_SCALE, 1)
-    one = FLOAT_BIAS + smallest - _half_log2(tensor.spec)
+    smallest, spread = SCALES[tensor.spec.format.kind]
+    byte = FLOAT_BIAS + smallest - _half_log2(tensor.spec)
     if tensor.dtype == "F8_E8M0":
-        return one + (raw & mask)
-    exponents = one + (raw.view("<u4") & mask)
+        return (raw & np.uint8(spread)) + np.uint8(byte)
+    exponents = (raw.view("<u4") & spread) + byte
     return (exponents << 23).astype("<u4").view(np.uint8)
 
 

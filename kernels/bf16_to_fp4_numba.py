@@ -81,7 +81,14 @@ def fp4_codes_exact(bits: Bits, group: int, scales: Bytes, out: Bytes, result: I
     if group != _BLOCK:  # a wider group is several blocks of the same scale
         scales = scales.repeat(group // _BLOCK, axis=1)
     return _fp4_codes(
-        bits, bits.view(np.uint64), scales, e2m1.VALUES, e8m0.VALUES, out, out.view(np.uint16), result
+        bits,
+        bits.view(np.uint64),
+        scales,
+        e2m1.VALUES,
+        e8m0.VALUES,
+        out,
+        out.view(np.uint16),
+        result,
     )
 
 

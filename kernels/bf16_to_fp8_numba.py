@@ -115,9 +115,7 @@ def bf16_to_fp8_exact(
     return status or fp8_codes_exact(bits, block_rows, block_cols, out_scales, out, result)
 
 
-def _check_panel(
-    bits: Bits, block_rows: int, block_cols: int, scales: Bytes, result: Ints
-) -> None:
+def _check_panel(bits: Bits, block_rows: int, block_cols: int, scales: Bytes, result: Ints) -> None:
     rows, cols = bits.shape
     expect("bits", bits, np.uint16, (rows, cols))
     expect("scales", scales, np.uint8, (ceil_div(rows, block_rows), ceil_div(cols, block_cols)))
@@ -129,7 +127,7 @@ def _fp8_scales(
     bits: Bits, block_rows: int, block_cols: int, out_scales: Bytes, result: Ints
 ) -> int:
     """With amax = 1.f * 2^e: s = e - 8 as long as 1.f <= 1.75, else e - 7. Adding 31 to the BF16
-    carries into the exponent field exactly if the 7-bit fraction is above 96, that is 1.f > 1.75."""
+    carries into the exponent field exactly if the 7-bit fraction is above 96: 1.f > 1.75."""
     rows, cols = bits.shape
     maxima = np.empty(cols, np.uint16)
     for strip in range(out_scales.shape[0]):

@@ -36,10 +36,10 @@ def _value_table() -> NDArray[np.uint32]:
     codes[8] = 0.0
     values = codes * np.ldexp(1.0, np.arange(256) - e8m0.BIAS)[:, None]
     with np.errstate(over="ignore"):
-        bits = values.astype(np.float32).view(np.uint32) >> 16
+        bits = values.astype(np.float32).view(np.uint32) >> np.uint32(16)
     flags = np.where(np.abs(values) < 2.0**128, 0, INEXACT).astype(np.uint32)
     bits[e8m0.NAN], flags[e8m0.NAN] = _BF16_NAN, NAN
-    return bits | (flags << 16)
+    return bits | (flags << np.uint32(16))
 
 
 _VALUE_TABLE = _value_table()

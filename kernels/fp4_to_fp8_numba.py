@@ -125,7 +125,7 @@ def fp4_to_fp8(
     return _fp4_to_fp8(
         packed,
         packed.view(np.uint32),
-        packed.view(np.uint64).reshape(rows, -1, 2),
+        packed.view(np.uint64).reshape(rows, cols // _BLOCK, 2),
         scales,
         out_scales,
         block_rows,

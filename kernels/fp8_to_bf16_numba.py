@@ -49,11 +49,10 @@ def block_scales(
         )
     width = BLOCK if cols % BLOCK == 0 and block_cols % BLOCK == 0 else 1
     met = scales[first:last]
-    if met.dtype != np.float32:
-        met = e8m0.VALUES.take(met, mode="wrap")
+    values = met if scales.dtype == np.float32 else e8m0.VALUES.take(met.astype(np.intp))
     if block_cols != width:
-        met = met.repeat(block_cols // width, axis=1)[:, : cols // width]
-    return np.ascontiguousarray(met)
+        values = values.repeat(block_cols // width, axis=1)[:, : cols // width]
+    return np.ascontiguousarray(values, np.float32)
 
 
 def fp8_to_bf16(
@@ -136,7 +135,7 @@ def _fp8_to_bf16(
 @inline
 def _has_base(scale: np.uint32) -> bool:
     """Whether a float32 scale is a power of two with which all products are normal BF16."""
-    return ((scale & 0x007FFFFF) == 0) & (scale >= _BITS_MIN) & (scale <= _BITS_MAX)
+    return bool((scale & 0x007FFFFF == 0) & (scale >= _BITS_MIN) & (scale <= _BITS_MAX))
 
 
 @part
@@ -198,13 +197,11 @@ def _multiply(
         for col in range(b * width, (b + 1) * width):
             product = np.float64(values[codes[col]]) * np.float64(scales[b])
             bits = np.float32(product).view(np.uint32)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            if product != product:
+            rounded = U64((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+            if not abs(product) < np.inf:
                 flags |= NAN
-                rounded = _BF16_NAN
-            elif np.float64(np.uint32(rounded << 16).view(np.float32)) != product:
+                rounded = U64(_BF16_NAN)
+            elif np.float64(np.uint32(rounded << U64(16)).view(np.float32)) != product:
                 flags |= INEXACT
-            elif product == 0:
-                rounded &= minus_zero
-            out[col] = rounded
+            out[col] = rounded if rounded & U64(0x7FFF) else rounded & minus_zero
     return flags

@@ -47,15 +47,15 @@ def _fp8_to_f32(
 ) -> int:
     """The product is exact in float64, so comparing with it finds every rounding."""
     width = codes.shape[1] // scales.shape[1]
-    differing, nans = 0, 0
+    rounded, nans = 0, 0
     for row in range(codes.shape[0]):
         block_row = (row0 + row) // block_rows
         for b in range(scales.shape[1]):
             scale = np.float64(scales[block_row, b])
             for col in range(b * width, (b + 1) * width):
                 product = np.float64(values[codes[row, col]]) * scale
-                rounded = np.float32(product)
-                out[row, col] = rounded
-                differing += np.float64(rounded) != product  # so does every NaN
-                nans += product != product
-    return (NAN if nans else 0) | (INEXACT if differing > nans else 0)
+                finite = abs(product) < np.inf
+                out[row, col] = product
+                rounded += finite & (np.float64(out[row, col]) != product)
+                nans += not finite
+    return (NAN if nans else 0) | (INEXACT if rounded else 0)

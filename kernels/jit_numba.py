@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -36,8 +36,9 @@ INEXACT = 1
 NAN = 2
 """Flag: a NaN was met, as a code, a scale or a value."""
 
-I64 = np.int64
 U64 = np.uint64
+I64 = cast(type[int], np.int64)
+"""numba makes a float of a signed and an unsigned integer; this makes them all signed."""
 
 
 def kernel(function: Callable[P, T]) -> Callable[P, T]:

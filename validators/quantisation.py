@@ -53,7 +53,7 @@ def judge_quantisation(subject: Subject) -> Iterator[Finding]:
 
 
 def _judge_scale_format(config: ModelConfig, catalogue: Catalogue, file: str) -> Iterator[Finding]:
-    """"float32" over E8M0 scales is a lie; "ue8m0" over F32 scales was published so (-Base)."""
+    """The word float32 over E8M0 scales is a lie; ue8m0 over F32 ones was published (-Base)."""
     said = (config.raw.get("quantization_config") or config.raw).get("scale_fmt")
     formats = catalogue.formats
     scales = {form.scale for form in (formats.dense, formats.experts) if form.kind == "fp8"}
@@ -84,13 +84,13 @@ def _judge_skipped_modules(
         wrong[shown] = spec.format.kind
     for module, kind in wrong.items():
         if kind == "bf16":
-            yield error("config", f"modules_to_not_convert lacks {module}",
-                        "A loader would wait for scales that no file holds.",
-                        file=file, tensor=f"{module}.weight", expected=f"{module} in it")  # fmt: skip
+            says, must = "lacks", f"{module} in it"
+            meaning = "A loader would wait for scales that no file holds."
         else:
-            yield error("config", f"modules_to_not_convert names {module}",
-                        f"A loader would take its {kind} codes for BF16 weights.",
-                        file=file, tensor=f"{module}.weight", expected=f"{module} not in it")  # fmt: skip
+            says, must = "names", f"{module} not in it"
+            meaning = f"A loader would take its {kind} codes for BF16 weights."
+        yield error("config", f"modules_to_not_convert {says} {module}", meaning,
+                    file=file, expected=must)  # fmt: skip
 
 
 def _prefixes(module: str) -> Iterator[str]:

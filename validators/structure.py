@@ -21,7 +21,7 @@ from dsv4_quant.validators.subject import Subject
 from dsv4_quant.validators.tensors import judge_index, judge_tensors, unreadable
 from dsv4_quant.validators.told import judge_told
 
-_CHECK_OF = {
+_CHECK_OF: dict[type[Dsv4Error], str] = {
     HeaderError: "headers",
     IndexFileError: "index",
     ConfigError: "config",
@@ -71,7 +71,7 @@ def _remaining(subject: Subject, found: list[Finding]) -> Iterator[Finding]:
         if check == "tensors" and problem.tensor is not None and _is_lost(subject, problem.tensor):
             continue
         meaning = problem.hint or "A reader refuses the folder because of it."
-        if file in lost:
+        if file is not None and file in lost:
             meaning += f" {lost[file]:,} of its tensors cannot be judged."
         yield error(check, problem.what.rstrip("."), meaning, file=file, tensor=problem.tensor)
 

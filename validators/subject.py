@@ -92,5 +92,5 @@ class Subject:
         """A reader for the sound weights; None where nothing can be expected of the files."""
         if self.catalogue is None or self.config is None or not self.sound:
             return None
-        folder = replace(self.folder, index=self.where) if self.folder.layout == "hf" else self.folder
-        return Checkpoint(folder, self.config, self.catalogue)
+        index = self.where if self.folder.layout == "hf" else {}
+        return Checkpoint(replace(self.folder, index=index), self.config, self.catalogue)

@@ -28,9 +28,9 @@ def judge_tensors(subject: Subject) -> Iterator[Finding]:
         yield from _judge_file(subject, file, wanted, is_part=True)
     lost = set(unreadable(subject))
     for name in wanted.keys() - subject.where.keys():
-        file = subject.folder.index.get(name)
-        if file not in lost:
-            yield _missing(name, file)
+        said = subject.folder.index.get(name)
+        if said not in lost:
+            yield _missing(name, said)
 
 
 def unreadable(subject: Subject) -> Counter[str]:
@@ -102,9 +102,9 @@ def judge_index(subject: Subject) -> Iterator[Finding]:
     named = set(folder.index.values())
     for name, said in folder.index.items():
         if said in folder.headers and name not in folder.headers[said].entries:
+            holder = subject.where.get(name, "no entry: no shard holds it")
             yield error("index", said, "A loader would look for the tensor in the wrong shard.",
-                        file=INDEX, tensor=name,
-                        expected=subject.where.get(name, "no entry: no shard holds it"))  # fmt: skip
+                        file=INDEX, tensor=name, expected=holder)  # fmt: skip
     for name, holder in subject.where.items():
         if name not in folder.index and holder in named:
             yield error("index", "no entry", "A loader would never load the tensor.",

@@ -33,7 +33,7 @@ def match(folder: Folder, config: ModelConfig, config_path: Path) -> Catalogue:
     """The catalogue in the formats that the headers show; problems are added to the folder's."""
     claimed = Catalogue(config, published_formats(config))
     formats = _found_formats(claimed, folder)
-    catalogue = claimed.with_formats(formats)
+    catalogue = claimed if formats == claimed.formats else claimed.with_formats(formats)
     folder.report(_contradictions(config, formats, folder, config_path))
     try:
         check_gpus(catalogue, folder.gpus)

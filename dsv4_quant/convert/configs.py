@@ -13,11 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from dsv4_quant.catalogue import Catalogue, Formats, Layout
+from dsv4_quant.checkpoint.folder import INDEX
+from dsv4_quant.checkpoint.sidecars import carried_files
 from dsv4_quant.config import FLAT_KEYS, FLAT_ROPE_KEYS, ModelConfig
+from dsv4_quant.convert.plan import Plan
 from dsv4_quant.formats.blocks import Format
+
+CONFIG = "config.json"
+INFERENCE_CONFIG = "inference/config.json"
 
 QUANTIZATION = {
     "activation_scheme": "dynamic",
@@ -25,6 +32,19 @@ QUANTIZATION = {
     "quant_method": "fp8",
     "scale_fmt": "ue8m0",
 }
+
+
+def small_files(plan: Plan) -> dict[str, bytes | Path]:
+    """Everything but the weights, in the order in which it appears; paths are copied."""
+    source, formats = plan.source, plan.catalogue.formats
+    found: dict[str, bytes | Path] = dict(carried_files(source.root))
+    if plan.request.layout == "hf":
+        weight_map = {tensor: file.name for file in plan.files for tensor in file.tensors}
+        found[INDEX] = index_json(weight_map, sum(step.out.nbytes for step in plan.steps))
+    if plan.request.layout == "mp" or (source.root / INFERENCE_CONFIG).exists():
+        found[INFERENCE_CONFIG] = inference_config_json(source.config, formats)
+    found[CONFIG] = config_json(plan.catalogue, plan.request.layout)
+    return found
 
 
 def config_json(catalogue: Catalogue, layout: Layout) -> bytes:

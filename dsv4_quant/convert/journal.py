@@ -26,6 +26,8 @@ from dsv4_quant.errors import BusyError, WriteError
 
 FOLDER = ".dsv4-partial"
 _LOCK, _JOURNAL, _NEW = "lock", "journal", "journal.new"
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Some network filesystems keep none; there it is the user who must not start two runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +87,20 @@ class Workspace:
         """Takes the lock; not that of a folder which another run has just removed."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _NO_LOCKS
+        try:
             return os.path.samestat(os.fstat(self._lock), (self.folder / _LOCK).stat())
-        except OSError:
+        except FileNotFoundError:
             return False
 
     @property
     def journal(self) -> Journal | None:
         """What an earlier run wrote, as far as its lines are whole; None if not even the first."""
-        first, *cuts = self._lines() or [None]
-        if first is None:
+        lines = self._lines()
+        if not lines:
             return None
+        first, *cuts = lines
         return Journal(first["plan"], first["stamps"], tuple(map(_parse_cut, cuts)))
 
     def _lines(self) -> list[dict[str, Any]]:

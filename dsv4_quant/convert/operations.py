@@ -120,8 +120,14 @@ def _explain_bf16(panel: Panel) -> NoReturn:
     nan = np.argwhere(np.isnan(values))
     if len(nan):
         _nan(panel, panel.first_row + int(nan[0][0]), int(nan[0][1]))
-    row, col = np.argwhere(~(bf16.is_exact(values) & np.isfinite(values)))[0]
-    _not_exact(panel, panel.first_row + int(row), int(col), f"{values[row, col]} is not in BF16")
+    lost = np.argwhere(~(bf16.is_exact(values) & np.isfinite(values)))
+    if len(lost):
+        row, col = map(int, lost[0])
+        _not_exact(panel, panel.first_row + row, col, f"{values[row, col]} is not in BF16")
+    assert panel.tensor.scales is not None and panel.tensor.format.block is not None
+    tile = np.argwhere(np.abs(panel.tensor.scales) < np.finfo(np.float32).tiny)[0]
+    row, col = (int(i) * size for i, size in zip(tile, panel.tensor.format.block, strict=True))
+    _not_exact(panel, panel.first_row + row, col, "a scale so small that float32 loses the product")
 
 
 def _to_fp4(panel: Panel, proof: Proof) -> Codes:

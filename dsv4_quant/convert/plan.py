@@ -28,7 +28,7 @@ from dsv4_quant.checkpoint.header import DTYPE_ORDER, build_header
 from dsv4_quant.checkpoint.placement import pieces
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.convert.request import Request
-from dsv4_quant.errors import UsageError
+from dsv4_quant.errors import UsageError, some
 from dsv4_quant.formats.blocks import BF16, FP4, Format, fp8
 
 COPY = "copy"
@@ -93,6 +93,7 @@ def make_plan(source: Checkpoint, request: Request) -> Plan:
     formats = output_formats(source, request)
     for before, after in _pairs(source.catalogue.formats, formats):
         operation_name(before, after)
+    _check_fp4_blocks(source, formats)
     catalogue = source.catalogue.with_formats(formats)
     check_gpus(catalogue, request.gpus)
     held = [
@@ -125,6 +126,25 @@ def output_formats(source: Checkpoint, request: Request) -> Formats:
     restored = dense if source.layout == "mp" else held.wo_a
     wo_a = BF16 if request.layout == "mp" or dense == BF16 else restored
     return Formats(experts=experts, dense=dense, wo_a=wo_a)
+
+
+def _check_fp4_blocks(source: Checkpoint, after: Formats) -> None:
+    """FP4 has no ragged blocks, and a tile in FP8 is made of whole ones."""
+    before, config = source.catalogue.formats.experts, source.config
+    assert FP4.block is not None
+    group = FP4.block[1]
+    widths = {
+        "hidden_size": config.hidden_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+    }
+    ragged = [f"{key} ({width})" for key, width in widths.items() if width % group]
+    if FP4 in (before, after.experts) and ragged:
+        raise UsageError(f"FP4 experts need rows of whole blocks of {group}, unlike {some(ragged)}")
+    tile = after.experts.block
+    if before == FP4 and tile is not None and tile[1] % group:
+        raise UsageError(
+            f"FP4 blocks of {group} columns do not fit FP8 blocks of {tile[1]} columns"
+        )
 
 
 def _pairs(before: Formats, after: Formats) -> tuple[tuple[Format, Format], ...]:

@@ -221,7 +221,7 @@ class Stream:
             part = data[start - first : stop - first]
             if target.row_bytes != data.shape[1]:
                 part = part[:, target.column : target.column + target.row_bytes]
-            view = memoryview(np.ascontiguousarray(part)).cast("B")
+            view = np.ascontiguousarray(part).data.cast("B")
             with self._room:
                 self._pending += len(view)
             offset = target.offset + (start - target.row) * target.row_bytes

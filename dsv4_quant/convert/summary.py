@@ -10,7 +10,7 @@ from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.convert.budget import budget
 from dsv4_quant.convert.plan import COPY, Plan, make_plan
 from dsv4_quant.convert.request import Request
-from dsv4_quant.convert.run import disk_room
+from dsv4_quant.convert.target import check_separate, disk_room
 
 EXACTNESS = {
     COPY: "the same bytes",
@@ -59,6 +59,7 @@ def plan_conversion(
     with Checkpoint.open(src) as source:
         plan = make_plan(source, request)
         limits = budget(plan, workers=workers, max_memory=max_memory)
+        check_separate(source.root, Path(out))
         needed, free = disk_room(plan, Path(out))
         return _summary(plan, limits.workers, limits.peak_bytes, needed, free)
 

@@ -1,0 +1,144 @@
+"""Runs a script on a checkpoint and condenses the pass into a fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsv4_quant import __version__
+from dsv4_quant.checkpoint import Checkpoint
+from dsv4_quant.checkpoint.digest import model_digest
+from dsv4_quant.checkpoint.digesting import digest_tensors
+from dsv4_quant.checkpoint.manifest import MANIFEST, read_manifest
+from dsv4_quant.errors import NotANumberError
+from dsv4_quant.fingerprint.coverage import coverage
+from dsv4_quant.fingerprint.document import TOP, Fingerprint, Measured, Spot, describe_model
+from dsv4_quant.fingerprint.machine import Machine
+from dsv4_quant.fingerprint.script import Script
+from dsv4_quant.fingerprint.sketch import digest
+from dsv4_quant.fingerprint.watcher import Routes, Watcher
+from dsv4_quant.model import forward
+from dsv4_quant.model.weights import Source
+from dsv4_quant.progress import NoProgress, Progress
+
+TOOL = f"dsv4-quant {__version__}"
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A fingerprint, and what a comparison needs beyond it."""
+
+    fingerprint: Fingerprint
+    logits: tuple[Floats, ...]
+    """Per prompt ``[spots, vocab_size]``."""
+    routes: Routes
+
+
+def record(
+    ckpt: Source,
+    script: Script,
+    *,
+    value_digest: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Recording:
+    """One forward pass.
+
+    Args:
+        value_digest: of the checkpoint, if it is known; it is written down.
+        threads: for the pass; they change no bit.
+
+    Raises:
+        UsageError: tokens that the model does not have.
+        NotANumberError: a layer's streams hold NaN or infinity; the pass ends there.
+    """
+    progress = progress or NoProgress()
+    progress.stage("forward pass", "layers")
+    watcher = Watcher(script, progress)
+    result = forward(
+        ckpt, script.prompts,
+        arithmetic=script.arithmetic, activations=script.activations, mtp=script.mtp,
+        observer=watcher, threads=threads,
+    )  # fmt: skip
+    logits = [prompt.numpy() for prompt in result.logits]
+    digests = tuple(digest(prompt) for prompt in logits)
+    mtp_digests = tuple(digest(prompt.numpy()) for prompt in result.mtp_logits or ())
+    if not all(np.isfinite(one.norm) for one in (*digests, *mtp_digests)):
+        raise NotANumberError("The logits hold NaN or infinity, the streams do not: see the head")
+    config = ckpt.config
+    kept = tuple(
+        prompt[list(places)] for prompt, places in zip(logits, script.spots, strict=True)
+    )
+    measured = Measured(
+        machine=Machine.here(),
+        model=describe_model(config),
+        formats=formats(ckpt),
+        value_digest=value_digest,
+        coverage=coverage(config, script, result.experts_hit),
+        experts_hit=tuple(tuple(experts) for experts in result.experts_hit),
+        logits=digests,
+        mtp_logits=mtp_digests,
+        streams=tuple(watcher.streams_seen),
+    )
+    spots = tuple(tuple(_spot(row) for row in rows) for rows in kept)
+    return Recording(Fingerprint(TOOL, script, spots, measured), kept, watcher.routes)
+
+
+def _spot(row: Floats) -> Spot:
+    """The highest logits; of equal ones the lower id first."""
+    ids = np.argsort(-row, kind="stable")[:TOP]
+    return Spot(
+        ids=tuple(int(one) for one in ids),
+        logits=tuple(float(f"{value:.9g}") for value in row[ids]),  # nine digits: exact
+        lse=float(f"{log_sum_exp(row):.9g}"),
+    )
+
+
+def log_sum_exp(row: Floats) -> float:
+    """``log(sum(exp(x)))`` in float64."""
+    values = row.astype(np.float64)
+    top = values.max()
+    return float(top + np.log(np.exp(values - top).sum()))
+
+
+def formats(ckpt: Source) -> dict[str, str]:
+    """How the experts, wo_a and the other weights of a layer are stored."""
+    found: dict[str, str] = {}
+    for spec in ckpt.specs.values():
+        if spec.kind != "fixed":
+            found.setdefault(spec.kind, str(spec.format))
+    return dict(sorted(found.items()))
+
+
+def known_digest(root: Path) -> str | None:
+    """The value digest that a checkpoint's manifest states; None without one.
+
+    Raises ManifestError where there is one that cannot be read.
+    """
+    path = root / MANIFEST
+    return read_manifest(path).value_digest if path.exists() else None
+
+
+def compute_digest(ckpt: Checkpoint, progress: Progress | None = None) -> str:
+    """The value digest, from every byte of the checkpoint."""
+    if progress is not None:
+        progress.stage("value digest")
+    return model_digest(digest_tensors(ckpt, progress=progress))
+
+
+def spots_of(recording: Recording) -> Sequence[tuple[int, int, Spot, Floats]]:
+    """(prompt, position, spot, all logits) of every spot of a recording."""
+    script = recording.fingerprint.script
+    return [
+        (prompt, position, spot, row)
+        for prompt, places in enumerate(script.spots)
+        for position, spot, row in zip(
+            places, recording.fingerprint.spots[prompt], recording.logits[prompt], strict=True
+        )
+    ]

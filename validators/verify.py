@@ -1,0 +1,167 @@
+"""The verdict on a checkpoint: every level that was asked for, all findings, sorted.
+
+Levels are stages that add checks and findings to one report; each includes those before it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv4_quant.checkpoint import Checkpoint
+from dsv4_quant.checkpoint.digest import model_digest
+from dsv4_quant.errors import UsageError
+from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.validators.against import judge_against
+from dsv4_quant.validators.checksums import Claims, files_to_hash, judge_hashes, read_claims
+from dsv4_quant.validators.present import present_files
+from dsv4_quant.validators.report import LEVELS, Check, Finding, Level, Report, ordered
+from dsv4_quant.validators.structure import judge_structure
+from dsv4_quant.validators.subject import Subject
+from dsv4_quant.validators.values import ValuesPass
+from dsv4_quant.validators.work import Work
+
+
+def verify(
+    path: str | Path,
+    level: Level = "values",
+    *,
+    against: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Judges a checkpoint folder, in either layout.
+
+    Args:
+        path: the folder.
+        level: structure (headers, index, configs), checksums (every byte against manifest,
+            SHA256SUMS and the hub) or values (every number); each includes those before it.
+        against: another checkpoint's folder, in any layout and format, whose values, config and
+            small files must be the same. Needs the level ``values``.
+        workers: threads; one per core if not given.
+        progress: is told how far it is.
+
+    Raises:
+        UnreadableError: the folder, or the other one, is no checkpoint at all.
+        UsageError: the level and ``against`` do not go together.
+    """
+    return judge(path, level, against=against, workers=workers, progress=progress).report
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A report, and what was computed on the way."""
+
+    report: Report
+    subject: Subject
+    sizes: Mapping[str, int]
+    hashes: Mapping[str, str]
+    digests: Mapping[str, str]
+
+
+def judge(
+    path: str | Path,
+    level: Level = "values",
+    *,
+    against: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    to_pin: bool = False,
+) -> Judgement:
+    """``verify``, with all that it found out.
+
+    ``to_pin``: what manifest and SHA256SUMS say is not asked, and every file is hashed.
+    """
+    _check_request(level, against)
+    began = time.monotonic()
+    progress = progress or NoProgress()
+    with ExitStack() as stack:
+        other = None if against is None else stack.enter_context(Checkpoint.open(against))
+        progress.stage("structure")
+        subject = Subject.open(path)
+        sizes, findings = present_files(subject.root)
+        findings += judge_structure(subject, sizes)
+        checks = [_structure_check(subject, time.monotonic() - began)]
+        work = Work(subject.root, sizes, progress)
+        claims = Claims()
+        if to_pin:
+            work.to_hash = list(sizes)
+        elif level != "structure":
+            claims, wrong = read_claims(subject, _published(subject.root))
+            work.to_hash = files_to_hash(claims, sizes)
+            findings += wrong
+        values = None
+        if level == "values":
+            values = _values_pass(subject, other, progress, stack)
+            findings += [] if other is None else judge_against(subject, other)
+        progress.stage(level)
+        work.run(values, workers or os.cpu_count() or 1)
+    if level != "structure":
+        findings += [*work.findings, *judge_hashes(claims, sizes, work.hashes)]
+        checks.append(work.check())
+    if level == "values":
+        wrong, more = _conclude(subject, values, claims)
+        findings += wrong
+        checks += more
+    digests = {} if values is None else values.digests
+    report = Report(
+        str(path), level, tuple(checks), ordered(findings),
+        _model_digest(subject, digests), time.monotonic() - began,
+    )  # fmt: skip
+    return Judgement(report, subject, sizes, work.hashes, digests)
+
+
+def _check_request(level: str, against: str | Path | None) -> None:
+    if level not in LEVELS:
+        raise UsageError(f"No such level: {level}", hint=f"Levels: {', '.join(LEVELS)}.")
+    if against is not None and level != "values":
+        raise UsageError(
+            f"The level {level} reads no values to compare",
+            hint="Leave --level out, or say --level values.",
+        )
+
+
+def _published(root: Path) -> Mapping[str, str]:
+    """Hashes that the hub publishes for a folder that came from it."""
+    try:
+        from dsv4_quant.hub import published_sha256
+    except ImportError:
+        return {}
+    return published_sha256(root)
+
+
+def _structure_check(subject: Subject, seconds: float) -> Check:
+    folder = subject.folder
+    weights = 0 if subject.catalogue is None else len(subject.catalogue.specs)
+    return Check("structure", len(folder.headers), weights, folder.header_bytes, 0, seconds)
+
+
+def _values_pass(
+    subject: Subject, other: Checkpoint | None, progress: Progress, stack: ExitStack
+) -> ValuesPass | None:
+    """The pass over all weights that can be read; None where none can."""
+    checkpoint = subject.checkpoint()
+    if checkpoint is None:
+        return None
+    return ValuesPass(subject, stack.enter_context(checkpoint), other, progress.advance)
+
+
+def _conclude(
+    subject: Subject, values: ValuesPass | None, claims: Claims
+) -> tuple[list[Finding], list[Check]]:
+    if values is None:  # nobody can say what the bytes mean: everything was skipped
+        held = sum(len(header.entries) for header in subject.folder.headers.values())
+        return [], [Check("values", skipped=held)]
+    recorded = {} if claims.manifest is None else claims.manifest.tensors
+    return values.conclude({name: record.digest for name, record in recorded.items()})
+
+
+def _model_digest(subject: Subject, digests: Mapping[str, str]) -> str | None:
+    """The whole model's, if every weight has one."""
+    if subject.catalogue is None or len(digests) != len(subject.catalogue.specs):
+        return None
+    return model_digest(digests)

@@ -1,0 +1,87 @@
+"""The queue of a judgement: files to hash and panels to judge, on several threads.
+
+Both kinds stand in one queue, file by file: of a file that is read for both, the second reading
+comes from the page cache.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dsv4_quant.checkpoint.digest import LeafHasher
+from dsv4_quant.checkpoint.panels import work_in_threads
+from dsv4_quant.checkpoint.reader import Bytes
+from dsv4_quant.progress import Progress
+from dsv4_quant.validators.checksums import hash_file
+from dsv4_quant.validators.report import Check, Finding, error
+from dsv4_quant.validators.values import ValuesPass
+from dsv4_quant.validators.weight import Panel
+
+CHUNK = 4 << 20
+
+
+@dataclass(slots=True)
+class Work:
+    """Files to hash, and what came out."""
+
+    root: Path
+    sizes: Mapping[str, int]
+    progress: Progress
+    to_hash: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, values: ValuesPass | None, workers: int) -> None:
+        """Does all of it; returns when the last item is done."""
+        total = sum(self.sizes[file] for file in self.to_hash)
+        self.progress.total(total + (values.nbytes() if values else 0))
+
+        def worker() -> Callable[[str | Panel], None]:
+            buffer, hasher = np.empty(CHUNK, np.uint8), LeafHasher()
+
+            def do(item: str | Panel) -> None:
+                if isinstance(item, str):
+                    self._hash(item, buffer)
+                elif values is not None:
+                    values.work(item, hasher)
+
+            return do
+
+        work_in_threads(self._items(values), worker, workers)
+
+    def _items(self, values: ValuesPass | None) -> Iterator[str | Panel]:
+        panels = {} if values is None else dict(values.panels())
+        yield from (file for file in self.to_hash if file not in panels)
+        hashed = set(self.to_hash)
+        for file, items in panels.items():
+            if file in hashed:
+                yield file
+            yield from items
+
+    def _hash(self, file: str, buffer: Bytes) -> None:
+        began = time.perf_counter()
+        try:
+            found = hash_file(self.root / file, buffer, self.progress.advance)
+        except OSError as wrong:
+            self.findings.append(
+                error("bytes", f"cannot be read: {wrong.strerror}",
+                      "The disk or the network does not give these bytes.", file=file)
+            )  # fmt: skip
+            return
+        with self._lock:
+            self.hashes[file] = found
+            self.seconds += time.perf_counter() - began
+            self.bytes += self.sizes[file]
+
+    def check(self) -> Check:
+        """What the hashing looked at."""
+        return Check("checksums", len(self.hashes), 0, self.bytes, 0, self.seconds)
