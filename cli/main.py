@@ -21,8 +21,11 @@ from dsv4_quant.cli.failure import guarded, report
 COMMANDS = {
     "inspect": "What a checkpoint holds, from its headers alone.",
     "convert": "Convert a checkpoint: another layout, GPU count or format of the experts.",
-    "repack": "Split over another number of GPUs, or put back together.",
+    "repack": "Split a checkpoint over another number of GPUs, or put it back together.",
     "demo": "The whole loop on a small synthetic checkpoint, in under a minute.",
+    "verify": "Judge a checkpoint: structure, every byte, every number.",
+    "digest": "The value digest: one line that says which numbers a checkpoint holds.",
+    "manifest": "Make manifest and SHA256SUMS for a checkpoint that has none.",
     "synth": "Make a seeded random checkpoint in the published format.",
 }
 """Name -> one-line help. The command lives in the file of that name."""

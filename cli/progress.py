@@ -15,6 +15,9 @@ from dsv4_quant.progress import NoProgress, Progress
 INTERVAL = 5.0
 """Seconds between two lines, where stderr is not a terminal."""
 
+BYTES = "B"
+"""The unit that most work is counted in."""
+
 
 @contextmanager
 def shown(*, quiet: bool) -> Iterator[Progress]:
@@ -37,15 +40,15 @@ class Bar:
         self._lock = threading.Lock()
         self._bar: Any = None
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, unit: str = BYTES) -> None:
         """Leaves the bar before as it ended and begins another."""
         from tqdm import tqdm  # only here: 40 ms that most commands never need
 
         self.close()
         self._bar = tqdm(
             desc=text,
-            unit="B",
-            unit_scale=True,
+            unit=unit if unit == BYTES else f" {unit}",
+            unit_scale=unit == BYTES,
             unit_divisor=1024,
             file=self._stream,
             dynamic_ncols=True,
@@ -77,13 +80,13 @@ class Lines:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._lock = threading.Lock()
-        self._text, self._total, self._done = "", 0, 0
+        self._text, self._unit, self._total, self._done = "", BYTES, 0, 0
         self._began = self._told = clock()
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, unit: str = BYTES) -> None:
         """Tells the end of the stage before, and that this one begins."""
         self.close()
-        self._text, self._total, self._done = text, 0, 0
+        self._text, self._unit, self._total, self._done = text, unit, 0, 0
         self._began = self._told = self._clock()
         self._print(f"{text} ...")
 
@@ -104,17 +107,24 @@ class Lines:
         """Tells the end of the current stage."""
         if self._done:
             spent = self._clock() - self._began
-            self._print(f"{self._text}: {size(self._done)} in {duration(spent)}")
+            self._print(f"{self._text}: {self._amount()} in {duration(spent)}")
             self._done = 0
 
     def _line(self, now: float) -> str:
         rate = self._done / max(now - self._began, 1e-9)
-        text = f"{self._text}: {size(self._done)}"
+        text = f"{self._text}: {self._amount(self._total)}"
         if self._total:
-            text += f" of {size(self._total)} ({100 * self._done // self._total} %)"
-        text += f", {size(rate)}/s"
+            text += f" ({100 * self._done // self._total} %)"
+        if self._unit == BYTES:
+            text += f", {size(rate)}/s"
         left = (self._total - self._done) / rate
         return f"{text}, {duration(left)} left" if left > 0 else text
+
+    def _amount(self, total: int = 0) -> str:
+        """Such as ``2.50 MiB of 100 MiB``, ``3 of 45 steps``; what is done alone without a total."""
+        counted, unit = (size, "") if self._unit == BYTES else ("{:,}".format, f" {self._unit}")
+        of = f" of {counted(total)}" if total else ""
+        return f"{counted(self._done)}{of}{unit}"
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

@@ -226,7 +226,7 @@ class Catalogue:
         config = self.config
         ratio = config.compress_ratios[layer]
         is_hash = layer < min(config.num_hash_layers, config.num_hidden_layers)
-        rows = BLOCK + (HASH_ROUTED if is_hash else SCORED)
+        rows: tuple[Row, ...] = BLOCK + (HASH_ROUTED if is_hash else SCORED)
         rows += COMPRESSED if ratio else ()
         rows += INDEXED if ratio == CSA_RATIO else ()
         yield from self._rows(rows, prefix, layer)

@@ -300,6 +300,8 @@ def _check_together(config: ModelConfig, keys: Keys) -> None:
     blocks = config.num_hidden_layers + config.num_mtp_blocks
     if config.is_dspark and config.num_mtp_blocks < 1:
         keys.fail("compress_ratios", "has no entry for the mtp blocks of the DSpark keys")
+    if any(layer >= config.num_hidden_layers for layer in config.dspark_target_layer_ids):
+        keys.fail("dspark_target_layer_ids", "names a layer that is not there")
     if len(config.compress_ratios) < blocks:
         keys.fail(
             "compress_ratios", f"has {len(config.compress_ratios)} entries for {blocks} blocks"

@@ -8,20 +8,20 @@ from typing import Protocol
 class Progress(Protocol):
     """What a caller may hand to long work. Methods are called from any thread."""
 
-    def stage(self, text: str) -> None:
-        """A new part of the work begins."""
+    def stage(self, text: str, unit: str = "B") -> None:
+        """A new part of the work begins; it is counted in bytes, or in something else (plural)."""
 
     def total(self, count: int) -> None:
-        """How many bytes this part will go through."""
+        """How many bytes (or units) this part will go through."""
 
     def advance(self, count: int) -> None:
-        """That many more bytes are done."""
+        """That many more of them are done."""
 
 
 class NoProgress:
     """Tells nobody."""
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, unit: str = "B") -> None:
         """Nothing."""
 
     def total(self, count: int) -> None:

@@ -18,7 +18,6 @@ from dsv4_quant.catalogue import Catalogue, StoredTensor, shard_of
 from dsv4_quant.checkpoint.folder import INDEX
 from dsv4_quant.checkpoint.header import build_header
 from dsv4_quant.checkpoint.placement import geometry
-from dsv4_quant.convert.configs import index_json
 from dsv4_quant.errors import UsageError
 from dsv4_quant.progress import NoProgress, Progress
 from dsv4_quant.synth_config import Experts, synthetic_catalogue
@@ -94,7 +93,8 @@ def synth(
                 progress.advance(done)
             output.finish(name)
             weight_map |= {tensor.name: name for tensor in tensors}
-        output.write(INDEX, index_json(weight_map, total))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        output.write(INDEX, _json(index))
         output.write("config.json", config_bytes)
     formats = catalogue.formats
     return SynthReport(

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from dsv4_quant.catalogue import Catalogue, Formats, published_formats
 from dsv4_quant.config import ModelConfig, parse_config, read_config
-from dsv4_quant.convert.configs import config_json
 from dsv4_quant.errors import UsageError
 from dsv4_quant.formats.blocks import BF16, FP4, ScaleKind, fp8
 
@@ -106,6 +105,8 @@ def synthetic_catalogue(
     _check_blocks(catalogue)
     if experts is None:  # also where the config says nothing, as the first revision's
         return catalogue, json.dumps(dict(cut.raw), indent=2, ensure_ascii=False).encode()
+    from dsv4_quant.convert.configs import config_json  # here: it brings numba, half a second
+
     return catalogue, config_json(catalogue, "hf")
 
 

@@ -38,7 +38,7 @@ Ints = NDArray[np.int64]
 _BLOCK = 32
 """Columns that are worked on together: 16 packed bytes, two words in and four out."""
 
-_E_MIN, _E_MAX = -20, 15  # beyond: every non-zero code is flushed, or saturates
+_E_MIN, _E_MAX = -20, 15  # where all non-zero codes are flushed, and where all saturate
 _E_NORMAL = -5  # from here on even 0.5 * 2^e is a normal FP8 number
 
 _BYTES = U64(0x0101010101010101)
@@ -104,8 +104,8 @@ def fp4_to_fp8(
         spreads: ``[256]``, counted up: per tile max - min of the scale bytes over the blocks that
             hold a non-zero code; 0 for a tile of zeros.
         result: ``[5]``, written when the status is not EXACT: row and column of the first inexact
-            tile (row-major), the reason, the smallest scale byte of its non-zero blocks (of all
-            blocks if all are zero) and the largest of all its blocks.
+            tile (row-major), the reason, the smallest scale byte of its non-zero blocks (255
+            without one) and the largest of all its blocks.
 
     Returns:
         EXACT, or the reason of the first inexact tile.

@@ -1,9 +1,9 @@
 """FP8 to BF16: ``e4m3 * scale`` per block, with E8M0 or float32 scales.
 
 E4M3 has 4 significant bits and BF16 has 8, so with a power of two as scale only the exponent can
-fail to fit: the product is exact in BF16 from 2^-124 to 2^127 * (2 - 2^-3), and often below, in
-BF16's subnormals. Other float32 scales give what the published converter computes: the float32
-product, rounded to BF16 to nearest, ties to even. Whatever is not exact is flagged.
+fail to fit: all codes are exact for scales from 2^-124 (in BF16's subnormals) to 2^119, some of
+them beyond. Other float32 scales give what the published converter computes: the float32 product,
+rounded to BF16 to nearest, ties to even. Whatever is not exact is flagged.
 
 Dimensions: R rows, C columns of the panel; the tensor's scales are [h, w].
 """
@@ -19,7 +19,7 @@ from dsv4_quant.kernels.jit_numba import INEXACT, NAN, U64, ceil_div, expect, in
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-BLOCK = 32
+_BLOCK = 32
 """Columns that are worked on together: 8 words of 4 BF16 values."""
 
 _BITS_MIN, _BITS_MAX = 10 << 23, 246 << 23  # 2^-9 * scale is normal, 448 * scale is finite
@@ -47,7 +47,7 @@ def block_scales(
             f"scales {list(scales.shape)} do not cover rows {row0} to {row0 + rows} of {cols} "
             f"columns in blocks of {block_rows}x{block_cols}"
         )
-    width = BLOCK if cols % BLOCK == 0 and block_cols % BLOCK == 0 else 1
+    width = _BLOCK if cols % _BLOCK == 0 and block_cols % _BLOCK == 0 else 1
     met = scales[first:last]
     values = met if scales.dtype == np.float32 else e8m0.VALUES.take(met.astype(np.intp))
     if block_cols != width:
@@ -70,7 +70,7 @@ def fp8_to_bf16(
         codes: ``[R, C]`` E4M3.
         scales: ``[h, w]`` of the whole tensor: uint8 is E8M0, float32 is itself.
         row0: the panel's first row in the tensor.
-        block_rows, block_cols: size of a block. C and block_cols are multiples of 4 in the fast
+        block_rows, block_cols: size of a block. C and block_cols are multiples of 32 in the fast
             loop; anything else works, slowly.
         out: ``[R, C]`` BF16 bits, written.
         canonical: write -0 as +0, for the value digest; otherwise it keeps its sign.
@@ -82,7 +82,7 @@ def fp8_to_bf16(
     met = block_scales(codes, scales, row0, block_rows, block_cols)
     rows, cols = codes.shape
     expect("out", out, np.uint16, (rows, cols))
-    fast = met.shape[1] * BLOCK == cols
+    fast = met.shape[1] * _BLOCK == cols
     return _fp8_to_bf16(
         codes,
         codes.view(np.uint32) if fast else np.empty((rows, 0), np.uint32),

@@ -13,6 +13,9 @@ Two rules keep them fast and readable:
 - The loop over words serves the ordinary scales, where no bit can overflow into a neighbour. The
   rest of the 256 scale bytes goes through tables or float64, exact and slow.
 
+numba compiles again when a kernel's own file changes, not when another one does. So kernels take
+tables as arguments, and share nothing between files but the few constants below.
+
 Compiled code is kept in ``__pycache__`` beside the source, or in the user's cache folder where
 that cannot be written (``NUMBA_CACHE_DIR`` names another). Where neither can be written, or what
 lies there cannot be read, the casts still work; every process then compiles for itself.

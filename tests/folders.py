@@ -42,13 +42,13 @@ def read_file(path: Path) -> Loose:
 
 def write_file(path: Path, tensors: Loose) -> None:
     """A safetensors file that holds these tensors in this order."""
-    header, data = {}, b""
+    header, end = {}, 0
     for name, (dtype, shape, content) in tensors.items():
-        offsets = [len(data), len(data) + len(content)]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        data += content
+        start, end = end, end + len(content)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    contents = (content for _, _, content in tensors.values())
+    path.write_bytes(b"".join((len(text).to_bytes(8, "little"), text, *contents)))
 
 
 @contextmanager

@@ -203,6 +203,10 @@ def test_absurd_floats_are_refused(key: str, value: Any) -> None:
         ({"num_nextn_predict_layers": 65}, "num_nextn_predict_layers"),
         ({"dspark_target_layer_ids": [40]}, "compress_ratios|dspark_markov_rank"),
         ({"dspark_target_layer_ids": "40"}, "dspark_target_layer_ids"),
+        (
+            {"dspark_target_layer_ids": [43], "dspark_markov_rank": 1},
+            "dspark_target_layer_ids names a layer that is not there",
+        ),
         ({"scoring_func": "tanh"}, "scoring_func is 'tanh'; this tool knows only 'sqrtsoftplus'"),
         ({"scoring_func": ["softmax"]}, "scoring_func"),
         ({"expert_dtype": "int4"}, "expert_dtype is 'int4'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 from collections import namedtuple
@@ -17,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from dsv4_quant import synth as module_of_synth
 from dsv4_quant.catalogue import Catalogue, published_formats
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.header import DTYPE_ORDER
@@ -28,9 +28,10 @@ from dsv4_quant.formats.blocks import BF16, FP4, fp8
 from dsv4_quant.progress import NoProgress
 from dsv4_quant.synth import synth
 from dsv4_quant.synth_config import TINY, synthetic_catalogue
-from dsv4_quant.synth_values import OCTAVES, _bell, _e4m3_pairs, _stream
+from dsv4_quant.synth_values import OCTAVES, _bell, _e4m3_pairs, _stream, generate
 from tests.folders import INDEX, golden, read_file
 
+MODULE = importlib.import_module("dsv4_quant.synth")  # dsv4_quant.synth may be the function
 CONFIGS = Path(__file__).parent / "configs"
 FP8 = fp8((128, 128))
 FP8_F32 = fp8((128, 128), "f32")
@@ -86,8 +87,8 @@ def test_the_bytes_are_those_of_every_other_machine(
 def test_threads_and_panels_change_no_byte(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_of_synth, "MAX_THREADS", 1)
-    monkeypatch.setattr(module_of_synth, "PANEL_BYTES", 5000)
+    monkeypatch.setattr(MODULE, "MAX_THREADS", 1)
+    monkeypatch.setattr(MODULE, "PANEL_BYTES", 5000)
     synth(tmp_path / "out")
     assert sha256(tmp_path / "out") == sha256(made["fp4"])
 
@@ -276,11 +277,11 @@ def test_real_shapes_get_the_published_scales() -> None:
     flash, _ = synthetic_catalogue(CONFIGS / "V4-Flash.json", None, 1)
     scales = {t.name: t for t in flash.stored("hf") if t.is_scale}
     attention = scales["layers.0.attn.wq_a.scale"]
-    held = module_of_synth.generate(attention, 0, 256, 0, attention.nbytes)
+    held = generate(attention, 0, 256, 0, attention.nbytes)
     assert set(held.tolist()) == {127 - 12, 127 - 11}
     pro, _ = synthetic_catalogue(CONFIGS / "V4-Pro.json", None, 1)
     expert = next(t for t in pro.stored("hf") if t.name == "layers.0.ffn.experts.0.w1.scale")
-    held = module_of_synth.generate(expert, 0, 384, 0, expert.nbytes)
+    held = generate(expert, 0, 384, 0, expert.nbytes)
     exponents = sorted(set((held.astype(int) - 127).tolist()))
     assert len(exponents) == 4 and set(exponents) <= set(range(-12, -6))
 
@@ -290,7 +291,7 @@ def test_token_ids_go_to_different_valid_experts() -> None:
     config = parse_config(raw)
     catalogue = Catalogue(config, published_formats(config))
     table = next(t for t in catalogue.stored("hf") if t.dtype == "I64")
-    ids = module_of_synth.generate(table, 0, 6, 0, table.nbytes).view("<i8").reshape(-1, 5)
+    ids = generate(table, 0, 6, 0, table.nbytes).view("<i8").reshape(-1, 5)
     assert ids.min() == 0 and ids.max() == 5
     assert (np.diff(np.sort(ids, axis=1)) > 0).all(), "a token goes to an expert twice"
     shares = np.array([np.bincount(column, minlength=6) for column in ids.T]) / len(ids)

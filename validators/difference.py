@@ -49,10 +49,11 @@ class Difference:
         self.count += other.count
 
     def shown(self) -> str:
-        """``12 of 65,536 values, the first at [3, 17]: 0.5, not 0.25; by 0.25 at most``."""
+        """``12 of 65,536 values differ, the first at [3, 17]: 0.5, not 0.25; by 0.25 at most``."""
         return (
-            f"{self.count:,} of {self.values:,} values, the first at [{self.row}, {self.column}]:"
-            f" {self.mine:.9g}, not {self.theirs:.9g}; by {self.largest:.3g} at most"
+            f"{self.count:,} of {self.values:,} values differ, the first at"
+            f" [{self.row}, {self.column}]: {self.mine:.9g}, not {self.theirs:.9g};"
+            f" by {self.largest:.3g} at most"
         )
 
 

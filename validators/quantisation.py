@@ -48,6 +48,9 @@ def judge_quantisation(subject: Subject) -> Iterator[Finding]:
         yield lie("weight_block_size", list(config.fp8_block), str(list(block or ())),
                   "Every scale would serve the wrong weights.")  # fmt: skip
     yield from _judge_scale_format(config, catalogue, file)
+    scheme = (config.raw.get("quantization_config") or {}).get("activation_scheme", "dynamic")
+    if scheme != "dynamic":
+        yield lie("activation_scheme", scheme, "dynamic", "The files hold no activation scales.")
     if subject.folder.layout == "hf":
         yield from _judge_skipped_modules(config, catalogue, file)
 
@@ -74,11 +77,13 @@ def _judge_skipped_modules(
         yield warning("config", "modules_to_not_convert lacks head",
                       "The list replaces the loaders' own, which spares the head.",
                       file=file, expected="head in it")  # fmt: skip
+    if not quantization:
+        return
     wrong: dict[str, str] = {}
     for spec in catalogue.specs.values():
         module = spec.name.removesuffix(".weight")
         is_listed = any(prefix in listed for prefix in _prefixes(module))
-        if spec.kind == "fixed" or not quantization or spec.format.is_quantised != is_listed:
+        if spec.kind == "fixed" or spec.format.is_quantised != is_listed:
             continue
         shown = module if spec.expert is None else module.rsplit(".", 2)[0]
         wrong[shown] = spec.format.kind
@@ -101,6 +106,9 @@ def _prefixes(module: str) -> Iterator[str]:
 def judge_inference_config(subject: Subject) -> Iterator[Finding]:
     """inference/config.json must describe the model that config.json describes."""
     config, path = subject.config, subject.root / FLAT
+    if config is not None and subject.config_file == FLAT and subject.folder.layout == "hf":
+        yield error("config", "missing", f"{FLAT} was read instead; other loaders do not know it.",
+                    file=CONFIG, expected="a config")  # fmt: skip
     if config is None or subject.config_file == FLAT or not path.is_file():
         return
     try:

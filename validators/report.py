@@ -7,15 +7,14 @@ but somebody should look). Errors fail a check; warnings never do.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Severity = Literal["error", "warning"]
-Level = Literal["structure", "checksums", "values"]
+Level = Literal["structure", "checksums", "values", "forward"]
 
-LEVELS: tuple[Level, ...] = ("structure", "checksums", "values")
+LEVELS: tuple[Level, ...] = ("structure", "checksums", "values", "forward")
 """From cheap to thorough; each includes those before it."""
 
 CHECKS: Mapping[str, Level] = {
@@ -32,8 +31,10 @@ CHECKS: Mapping[str, Level] = {
     "blocks": "values",
     "expert ids": "values",
     "replicas": "values",
+    "doubles": "values",
     "digests": "values",
     "against": "values",
+    "fingerprint": "forward",
 }
 """Every check, in the order of a report, and the level that it belongs to.
 
@@ -43,8 +44,9 @@ tensors     names, dtypes, shapes              manifest    the manifest, SHA256S
 bytes       SHA-256 of every file              published   SHA-256 that the hub publishes
 reading     the disk gives every byte          numbers     NaN, infinities, scales that are none
 blocks      dead, saturated, odd scales        expert ids  the tables of hash-routed layers
-replicas    equal tensors on all ranks         digests     values against the manifest
-against     values, config and files of another checkpoint
+replicas    equal tensors on all ranks         doubles     weights that are equal and should not be
+digests     values against the manifest        against     values, config, files of another one
+fingerprint the reference forward pass against a recorded one
 """
 
 _ORDER = {check: place for place, check in enumerate(CHECKS)}
@@ -177,8 +179,3 @@ class Report:
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Sorted, each once."""
     return tuple(sorted(set(findings), key=Finding.sort_key))
-
-
-def by_check(findings: Iterable[Finding]) -> Counter[tuple[Severity, str]]:
-    """How many findings of each severity and check."""
-    return Counter((finding.severity, finding.check) for finding in findings)

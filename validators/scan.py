@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dsv4_quant.formats import e4m3, e8m0
 from dsv4_quant.formats.blocks import Tensor
-from dsv4_quant.kernels.jit_numba import I64, U64, inline, kernel
+from dsv4_quant.kernels.jit_numba import U64, inline, kernel
 from dsv4_quant.validators.tally import Tally
 
 Words = NDArray[np.uint64]
@@ -132,15 +132,15 @@ def _scan_fp4(words: Words, exponent: NDArray[np.uint8], counts: Counts, exponen
     seen = np.empty(blocks, np.uint64)
     run = 0
     for row in range(words.shape[0]):
-        saturated, slack, dead = I64(0), I64(0), I64(0)
+        dead, saturated, slack = 0, 0, 0
         for block in range(blocks):
             one = words[row, 2 * block] & _NIBBLE_MAGNITUDES
             two = words[row, 2 * block + 1] & _NIBBLE_MAGNITUDES
             any_code = one | two
             seen[block] = any_code
-            dead += any_code == U64(0)
-            saturated += _full_nibbles(one) + _full_nibbles(two) >= U64(16)
-            slack += (any_code & _NIBBLE_TOP) == U64(0)
+            dead += int(any_code == U64(0))
+            saturated += int(_full_nibbles(one) + _full_nibbles(two) >= U64(16))
+            slack += int((any_code & _NIBBLE_TOP) == U64(0))
         counts[0] += dead
         counts[2] += saturated
         counts[3] += slack - dead

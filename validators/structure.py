@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,19 +93,20 @@ def _inside(root: Path, problem: Dsv4Error) -> str | None:
 def _judge_shard_names(subject: Subject) -> Iterator[Finding]:
     """``model-i-of-n``: one n, and every i from 1 to n."""
     names = set(subject.folder.headers) | set(subject.folder.index.values())
-    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
-    counts = {int(shard[2]) for shard in shards}
-    if len(counts) > 1:
-        mixed = " and ".join(map(str, sorted(counts)))
-        yield error("files", f"shards of {mixed}",
-                    "Two revisions or two conversions lie in one folder.",
-                    expected="one number of shards")  # fmt: skip
-    elif counts:
-        count = counts.pop()
-        held = {int(shard[1]) for shard in shards}
-        lacking = [number for number in range(1, min(count, 10_000) + 1) if number not in held]
-        if lacking or len(held) > count:
-            some = ", ".join(map(str, lacking[:5])) + (" ..." if len(lacking) > 5 else "")
-            yield error("files", f"{len(held)} shards, without number {some or '(none)'}",
-                        "The download or copy is not complete.",
-                        expected=f"shards 1 to {count}")  # fmt: skip
+    shards = [match for name in sorted(names) if (match := _SHARD.fullmatch(name))]
+    if not shards:
+        return
+    count = Counter(int(shard[2]) for shard in shards).most_common(1)[0][0]
+    held = {int(shard[1]) for shard in shards if int(shard[2]) == count}
+    for shard in shards:
+        number, of = int(shard[1]), int(shard[2])
+        if of != count or not 1 <= number <= of:
+            yield error("files", f"shard {number} of {of}",
+                        "Two revisions or two conversions lie in one folder.",
+                        file=shard[0], expected=f"a shard of {count}")  # fmt: skip
+    lacking = [number for number in range(1, min(count, 10_000) + 1) if number not in held]
+    if lacking:
+        some = ", ".join(map(str, lacking[:5])) + (" ..." if len(lacking) > 5 else "")
+        yield error("files", f"{len(held)} shards, without number {some}",
+                    "The download or copy is not complete.",
+                    expected=f"shards 1 to {count}")  # fmt: skip

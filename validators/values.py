@@ -150,7 +150,7 @@ class ValuesPass:
             owner = their_owners.get(self.digests.get(name, ""))
             self.findings.append(
                 error("against", shown, _whose(owner, "the other checkpoint"), file=file,
-                      tensor=name, expected="equal values")
+                      tensor=name)
             )  # fmt: skip
         self.findings += self._judge_doubles()
         judged, weights = len(self._subject.sound), len(self._checkpoint.specs)
@@ -172,7 +172,7 @@ class ValuesPass:
                 continue
             twin = first.setdefault(digest, name)
             if twin != name:
-                yield warning("digests", f"the same values as {twin}",
+                yield warning("doubles", f"the same values as {twin}",
                               "One of both was written over the other, or they were initialised"
                               " alike.", file=self._file(name), tensor=name)  # fmt: skip
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.errors import UsageError
+from dsv4_quant.hub import published_sha256
 from dsv4_quant.progress import NoProgress, Progress
 from dsv4_quant.validators.against import judge_against
 from dsv4_quant.validators.checksums import Claims, files_to_hash, judge_hashes, read_claims
@@ -91,7 +92,7 @@ def judge(
         if to_pin:
             work.to_hash = list(sizes)
         elif level != "structure":
-            claims, wrong = read_claims(subject, _published(subject.root))
+            claims, wrong = read_claims(subject, published_sha256(subject.root))
             work.to_hash = files_to_hash(claims, sizes)
             findings += wrong
         values = None
@@ -123,15 +124,6 @@ def _check_request(level: str, against: str | Path | None) -> None:
             f"The level {level} reads no values to compare",
             hint="Leave --level out, or say --level values.",
         )
-
-
-def _published(root: Path) -> Mapping[str, str]:
-    """Hashes that the hub publishes for a folder that came from it."""
-    try:
-        from dsv4_quant.hub import published_sha256
-    except ImportError:
-        return {}
-    return published_sha256(root)
 
 
 def _structure_check(subject: Subject, seconds: float) -> Check:

@@ -161,9 +161,9 @@ class Workspace:
         return resume
 
     def locate(self, name: str) -> Path:
-        """Where a weight file is: here, or already at its place."""
-        here = self.folder / name
-        return here if here.exists() else self.out / name
+        """Where a weight file is or will be written: here, unless it is already at its place."""
+        here, place = self.folder / name, self.out / name
+        return place if place.exists() and not here.exists() else here
 
     def record(self, cut: Cut) -> None:
         """Appends a cut; on the disk when this returns."""

@@ -68,8 +68,7 @@ class Fingerprint:
 def describe_model(config: ModelConfig) -> dict[str, Any]:
     """The fields that shape the forward pass, as JSON's own types."""
     found = {key: value for key, value in asdict(config).items() if key not in _STORAGE}
-    blocks = config.num_hidden_layers + config.num_mtp_blocks
-    found["compress_ratios"] = list(config.compress_ratios[:blocks])
+    found["compress_ratios"] = list(config.compress_ratios[: config.num_hidden_layers])
     found["dspark_target_layer_ids"] = list(config.dspark_target_layer_ids)
     found["num_mtp_blocks"] = config.num_mtp_blocks
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def record(
         NotANumberError: a layer's streams hold NaN or infinity; the pass ends there.
     """
     progress = progress or NoProgress()
-    progress.stage("forward pass", "layers")
+    progress.stage("forward pass", "steps")
     watcher = Watcher(script, progress)
     result = forward(
         ckpt, script.prompts,
@@ -130,15 +129,3 @@ def compute_digest(ckpt: Checkpoint, progress: Progress | None = None) -> str:
     if progress is not None:
         progress.stage("value digest")
     return model_digest(digest_tensors(ckpt, progress=progress))
-
-
-def spots_of(recording: Recording) -> Sequence[tuple[int, int, Spot, Floats]]:
-    """(prompt, position, spot, all logits) of every spot of a recording."""
-    script = recording.fingerprint.script
-    return [
-        (prompt, position, spot, row)
-        for prompt, places in enumerate(script.spots)
-        for position, spot, row in zip(
-            places, recording.fingerprint.spots[prompt], recording.logits[prompt], strict=True
-        )
-    ]

@@ -59,10 +59,10 @@ def make_script(
     lengths = [len(prompt) for prompt in prompts]
     if max(lengths) > LONGEST or not min(lengths):
         raise UsageError(f"A fingerprint's prompts have 1 to {LONGEST:,} tokens")
-    quota = SPOTS // len(prompts)
+    quotas = map(len, _shared_out(lengths, SPOTS))
     return Script(
         prompts=tuple(tuple(prompt) for prompt in prompts),
-        spots=tuple(_spots(config, length, quota) for length in lengths),
+        spots=tuple(_spots(config, *pair) for pair in zip(lengths, quotas, strict=True)),
         rows=_shared_out(lengths, ROWS),
         arithmetic=arithmetic,
         activations=activations,

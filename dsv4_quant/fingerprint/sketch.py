@@ -7,7 +7,8 @@ arrays as its mean, and sqrt(2 / BUCKETS) of that as its deviation: it gives a d
 a factor of two or so, from four numbers, without the arrays.
 
 Signs are bits of PCG64's raw stream, lowest first, 1 for minus; a row takes whole 64-bit words.
-Sums are in float64: over rows in their order, then over the columns of a bucket in theirs.
+Sums are in float64, over the rows in their order, then over the columns of a bucket in theirs. So a
+digest is the same on every machine for the same bits.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from dsv4_quant.kernels.jit_numba import U64, kernel
+
 BUCKETS = 4
 SEED = 1
 CHUNK = 1 << 20
-"""Values that are worked on at a time."""
+"""Values whose signs are held at a time."""
+
+WORD = 64
+"""Signs in a word of the stream."""
 
 ROW_BYTES = 2
 """Of a row's hash: enough to say that it changed, one in 65,536 times wrong."""
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +48,41 @@ class Digest:
 
 
 def digest(rows: Floats) -> Digest:
-    """The digest of ``[t, n]``. norm and sketch are not finite if any value is not."""
-    columns = rows.shape[1]
-    words = -(-columns // 64)
+    """The digest of ``[t, n]``. The norm is not finite if any value is not."""
+    rows = np.ascontiguousarray(rows, "<f4")
+    count, columns = rows.shape
+    words = -(-columns // WORD)
+    sums, squares = np.zeros(words * WORD), np.zeros(words * WORD)
     stream = np.random.PCG64(SEED)
-    sums, squares = np.zeros(columns), np.zeros(columns)
     step = max(1, CHUNK // columns)
-    for start in range(0, len(rows), step):
+    for start in range(0, count, step):
         some = rows[start : start + step]
-        drawn = stream.random_raw(len(some) * words).astype("<u8", copy=False)
-        bits = np.unpackbits(drawn.view(np.uint8), bitorder="little").reshape(len(some), -1)
-        flips = bits[:, :columns].astype(np.uint32) << np.uint32(31)
-        signed = (some.view(np.uint32) ^ flips).view(np.float32)
-        with np.errstate(invalid="ignore"):  # infinities may meet; the norm tells
-            sums += signed.sum(axis=0, dtype=np.float64)
-        squares += np.square(some, dtype=np.float64).sum(axis=0)
+        _add(some, stream.random_raw(len(some) * words).reshape(-1, words), sums, squares)
     return Digest(
-        hash=array_hash(rows),
-        norm=_short(math.sqrt(float(_in_order(squares, 1)[0]))),
-        sketch=tuple(_short(float(value)) for value in _in_order(sums, BUCKETS)),
+        hash=str(blake3(memoryview(rows).cast("B")).hexdigest(length=16)),
+        norm=_short(math.sqrt(float(np.cumsum(squares)[-1]))),
+        sketch=tuple(map(_short, np.cumsum(sums.reshape(-1, BUCKETS), axis=0)[-1].tolist())),
     )
 
 
-def _in_order(values: NDArray[np.float64], buckets: int) -> NDArray[np.float64]:
-    """Sums of the values i, i + buckets, i + 2 buckets, ...: one after the other."""
-    padded = np.zeros(-(-len(values) // buckets) * buckets)
-    padded[: len(values)] = values
-    with np.errstate(invalid="ignore"):
-        total: NDArray[np.float64] = np.cumsum(padded.reshape(-1, buckets), axis=0)[-1]
-    return total
+@kernel
+def _add(
+    rows: Floats, signs: NDArray[np.uint64], sums: Doubles, squares: Doubles
+) -> None:
+    """``sums[i] += sign[t, i] * rows[t, i]`` and ``squares[i] += rows[t, i]**2``, t ascending."""
+    columns = rows.shape[1]
+    for t in range(rows.shape[0]):
+        for w in range(signs.shape[1]):
+            word, first = signs[t, w], WORD * w
+            for k in range(min(WORD, columns - first)):
+                x = np.float64(rows[t, first + k])
+                sums[first + k] += -x if (word >> U64(k)) & U64(1) else x
+                squares[first + k] += x * x
 
 
 def _short(value: float) -> float:
     """Eight significant digits: JSON then holds the very number."""
     return float(f"{value:.8g}")
-
-
-def array_hash(rows: Floats) -> str:
-    """BLAKE3 of the values as they lie in memory, row by row: 32 hex digits of it."""
-    data = memoryview(np.ascontiguousarray(rows, "<f4")).cast("B")
-    return str(blake3(data, max_threads=blake3.AUTO).hexdigest(length=16))
 
 
 def row_hashes(rows: Floats) -> bytes:

@@ -13,7 +13,8 @@ def decode(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def is_exact(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which float32 values a BF16 can hold exactly."""
-    return (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF) == 0
+    exact: NDArray[np.bool_] = (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF) == 0
+    return exact
 
 
 def encode(values: NDArray[np.float32]) -> NDArray[np.uint16]:

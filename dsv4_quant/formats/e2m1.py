@@ -31,7 +31,7 @@ def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Codes ``[..., k]`` with even k -> bytes ``[..., k/2]``; the inverse of :func:`unpack`."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
 
 
 def encode(values: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -46,4 +46,4 @@ def encode(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     below = np.searchsorted(midpoints, magnitude, side="left")  # a midpoint goes down ...
     above = np.searchsorted(midpoints, magnitude, side="right")  # ... or up: take the even code
     code = np.where(below % 2 == 0, below, above)
-    return (code | (np.signbit(values) << 3)).astype(np.uint8)
+    return np.asarray(code | (np.signbit(values) << 3), np.uint8)

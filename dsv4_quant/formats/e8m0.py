@@ -28,7 +28,8 @@ def is_power_of_two(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which values an E8M0 byte can hold exactly: 2**-127 ... 2**127."""
     mantissa, exponent = np.frexp(values.astype(np.float64))
     in_range = (exponent - 1 >= -BIAS) & (exponent - 1 <= BIAS)
-    return np.isfinite(values) & (mantissa == 0.5) & in_range
+    exact: NDArray[np.bool_] = np.isfinite(values) & (mantissa == 0.5) & in_range
+    return exact
 
 
 def encode(values: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from dsv4_quant.formats.blocks import FP4, Format
 from dsv4_quant.formats.blocks import Tensor as Weight
-from dsv4_quant.kernels.act_quant_torch import act_quant
-from dsv4_quant.kernels.block_dequant_torch import block_dequant
-from dsv4_quant.kernels.fp4_act_quant_torch import fp4_act_quant
+from dsv4_quant.kernels.ops import act_quant, block_dequant, fp4_act_quant
 from dsv4_quant.model.dot import BLOCK
 from dsv4_quant.model.linear import Workers
 
@@ -76,12 +74,13 @@ class Arithmetic:
         """The indexer's queries or keys ``[..., j]``: ``deployed`` rounds them to FP4."""
         if not self.deployed:
             return x
-        codes, scales = fp4_act_quant(x)
-        return block_dequant(codes, scales, FP4, torch.float32)
+        codes, scales = fp4_act_quant(x, backend="torch")
+        return block_dequant(codes, scales, FP4, torch.float32, backend="torch")
 
 
 def _to_fp8_and_back(x: Tensor, group: int) -> Tensor:
     if not x.shape[-1]:
         return x
-    codes, scales = act_quant(x, group)
-    return block_dequant(codes, scales, Format("fp8", (1, group), "e8m0"), torch.float32)
+    codes, scales = act_quant(x, group, backend="torch")
+    rows = Format("fp8", (1, group), "e8m0")
+    return block_dequant(codes, scales, rows, torch.float32, backend="torch")

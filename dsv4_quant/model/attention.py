@@ -93,7 +93,7 @@ class Attention:
                 span.start, c.sliding_window
             )
             state.window = keys[done:]
-        o = a.round(self._rope(a.round(o), chunk.positions, inverse=True))
+        o = a.round(self._rope(o, chunk.positions, inverse=True))
         return a.linear(self._mix_groups(o), self._wo_b)
 
     def _compress(

@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from dsv4_quant.kernels.jit_numba import kernel
 
 LANES = 16
 BLOCK = 1024
@@ -115,7 +117,7 @@ _add_tile = _tile(ROWS, COLUMNS)
 _add_one = _tile(1, 1)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def multiply(x: Floats, w: Floats, y: Floats, block: int) -> None:
     """``y = x @ w.T``: x ``[M, K]``, w ``[N, K]``, y ``[M, N]``; values of a row side by side.
 
@@ -136,7 +138,7 @@ def multiply(x: Floats, w: Floats, y: Floats, block: int) -> None:
                     _add_tile(x_at, w_at, y_at, count, x_step, w_step, y_step)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def multiply_rows(x: Floats, w: Floats, y: Floats) -> None:
     """``y[m] = x[m] . w[m]``: x and w ``[M, K]``, K a multiple of LANES; one block."""
     m, k = x.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4_quant.config import ModelConfig
-from dsv4_quant.kernels.hadamard_torch import hadamard
+from dsv4_quant.kernels.ops import hadamard
 from dsv4_quant.model.arithmetic import Arithmetic
 from dsv4_quant.model.compressor import Compressor
 from dsv4_quant.model.functions import sum_halves
@@ -76,4 +76,4 @@ class Indexer:
 
     def _rotate(self, x: Tensor) -> Tensor:
         """The Hadamard rotation of queries and keys, and how they are kept."""
-        return self._a.store_index(self._a.round(hadamard(x)))
+        return self._a.store_index(self._a.round(hadamard(x, backend="torch")))

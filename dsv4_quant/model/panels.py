@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from dsv4_quant.formats import e2m1, e4m3, e8m0
 from dsv4_quant.formats.blocks import Tensor
+from dsv4_quant.kernels.jit_numba import kernel
 
 Floats = NDArray[np.float32]
 
@@ -39,7 +39,7 @@ def decode_panel(weight: Tensor, start: int, stop: int, out: Floats) -> None:
         raise TypeError(f"{weight.format} holds no float values")
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def _decode_fp4(
     codes: NDArray[np.uint8], scales: NDArray[np.uint8], values: Floats, powers: Floats, out: Any
 ) -> None:
@@ -53,7 +53,7 @@ def _decode_fp4(
                 into[2 * i + 1] = values[pairs[i] >> 4] * scale
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def _decode_fp8(
     codes: NDArray[np.uint8], scales: Floats, skipped: int, b: int, c: int, values: Floats, out: Any
 ) -> None:
@@ -67,7 +67,7 @@ def _decode_fp8(
                 into[i] = values[some[i]] * scale
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def _decode_bf16(codes: NDArray[np.uint16], out: Any) -> None:
     for row in range(codes.shape[0]):
         for i in range(codes.shape[1]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.formats.blocks import Tensor as Weight
-from dsv4_quant.kernels.hc_split_sinkhorn_torch import hc_split_sinkhorn
+from dsv4_quant.kernels.ops import hc_split_sinkhorn
 from dsv4_quant.model.arithmetic import Arithmetic
 from dsv4_quant.model.functions import dot_rows, sigmoid
 from dsv4_quant.model.weights import Weights
@@ -36,8 +36,9 @@ class HyperConnection:
         c = self._config
         mixes = _mixes(h, self._fn, c, self._a)  # [t, m]
         pre, post, comb = hc_split_sinkhorn(
-            mixes, self._scale, self._base, c.hc_mult, c.hc_sinkhorn_iters, c.hc_eps
-        )
+            mixes, self._scale, self._base, c.hc_mult, c.hc_sinkhorn_iters, c.hc_eps,
+            backend="torch",
+        )  # fmt: skip
         return self._a.round(_weighted_sum(pre, h)), post, comb
 
     def write(self, h: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:

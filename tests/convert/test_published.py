@@ -24,7 +24,9 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize(("case", "job"), [(c, job) for c, jobs in EXPECTED.items() for job in jobs])
+@pytest.mark.parametrize(
+    ("case", "job"), [(c, job) for c, jobs in EXPECTED.items() for job in jobs]
+)
 def test_golden_files_have_the_published_sha256(case: str, job: str, tmp_path: Path) -> None:
     gpus, dtype = job.removeprefix("mp").split("-")
     experts: Any = "keep" if case == "tiny-base" else dtype

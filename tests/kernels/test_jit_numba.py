@@ -1,4 +1,4 @@
-"""Compiling must not cost anything at import, and must survive whatever lies in the cache folder."""
+"""Compiling costs nothing at import, and survives whatever lies in the cache folder."""
 
 from __future__ import annotations
 

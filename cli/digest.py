@@ -1,0 +1,55 @@
+"""``dsv4-quant digest``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsv4_quant.checkpoint import Checkpoint
+from dsv4_quant.checkpoint.digest import model_digest
+from dsv4_quant.checkpoint.digesting import digest_tensors
+from dsv4_quant.cli.failure import report
+from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.output import emit
+from dsv4_quant.cli.progress import shown
+from dsv4_quant.cli.reading import At, Workers
+from dsv4_quant.errors import NotANumberError
+from dsv4_quant.hub import resolve
+
+
+def command(
+    path: At,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Print a digest and name for every weight instead.")
+    ] = False,
+    workers: Workers = None,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The value digest: one line that says which numbers a checkpoint holds.
+
+    It is the same for the same numbers in any format, layout and number of GPUs, and different
+    for any changed value, swapped weight or name. A NaN has no digest: exit code 1.
+
+    \b
+    Examples:
+      dsv4-quant digest DeepSeek-V4-Flash
+      diff <(dsv4-quant digest A --tensors) <(dsv4-quant digest B --tensors)
+    """
+    with (
+        shown(quiet=quiet) as progress,
+        Checkpoint.open(resolve(path, progress=progress)) as checkpoint,
+    ):
+        progress.stage("hashing")
+        try:
+            found = digest_tensors(checkpoint, workers=workers, progress=progress)
+        except NotANumberError as wrong:
+            hint = "`dsv4-quant verify` lists every weight that is damaged."
+            report(NotANumberError(wrong.what, tensor=wrong.tensor, hint=hint), debug=debug)
+            raise typer.Exit(1) from None
+    whole = model_digest(found)
+    lines = [f"{found[name]}  {name}" for name in sorted(found)] if tensors else [whole]
+    result = {"value_digest": whole, "tensors": dict(sorted(found.items()))}
+    emit("\n".join(lines), result, json_to=json, quiet=quiet)

@@ -1,0 +1,113 @@
+"""A report of ``verify`` as text for people, and as annotations for GitHub."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+from dsv4_quant.cli.tables import duration, size, table
+from dsv4_quant.validators.junit import to_junit
+from dsv4_quant.validators.report import Finding, Report
+
+SHOWN = 10
+"""Findings of one kind that are printed; GitHub, too, shows ten annotations of a step."""
+
+_HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")
+
+
+def tell(report: Report, junit: str | None) -> None:
+    """What goes elsewhere than to standard output: the JUnit file, GitHub's annotations."""
+    if junit is not None:
+        Path(junit).write_bytes(to_junit(report))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github_lines(report):
+            print(line, file=sys.stderr)
+
+
+def describe(report: Report) -> str:
+    """The verdict first, then what was looked at, then every kind of finding."""
+    parts = [_verdict(report)]
+    if report.digest is not None:
+        parts[0] += f"\nvalue digest {report.digest}"
+    rows = [
+        [
+            check.level,
+            f"{check.files:,}",
+            f"{check.tensors:,}" if check.tensors else "",
+            f"{check.skipped:,}" if check.skipped else "",
+            size(check.bytes),
+            _seconds(check.seconds),
+        ]
+        for check in report.checks
+    ]
+    head = ["level", "files", "weights", "not judged", "read", "thread time"]
+    parts.append(table(head, rows, "<>>>>>"))
+    parts += findings_text(report.findings)
+    return "\n\n".join(parts)
+
+
+def _verdict(report: Report) -> str:
+    counts = [(report.errors, "error"), (report.warnings, "warning")]
+    said = " and ".join(f"{n:,} {what}{'s' if n > 1 else ''}" for n, what in counts if n)
+    word = "HOLDS" if report.holds else "DAMAGED"
+    read = sum(check.bytes for check in report.checks)
+    weights = max((check.tensors for check in report.checks), default=0)
+    return (
+        f"{word}: {said or 'nothing found'}; level {report.level}, {weights:,} weights,"
+        f" {size(read)} read in {_seconds(report.seconds)}"
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)
+
+
+def findings_text(findings: Iterable[Finding]) -> Iterator[str]:
+    """One paragraph per kind of finding, the first ones with where and what; 80 columns."""
+    for (severity, check, meaning), same in groupby(
+        findings, key=lambda one: (one.severity, one.check, one.meaning)
+    ):
+        some = list(same)
+        count = f", {len(some):,} times" if len(some) > 1 else ""
+        lines = [f"{severity.upper()} {check}{count}", *_filled(meaning, 2)]
+        for finding in some[:SHOWN]:
+            where = [part for part in (finding.file, finding.tensor) if part]
+            lines += _filled(" ".join(where), 2, "- ") if where else []
+            lines += _filled(_HASH.sub(r"\1...", finding.what), 4)
+        if len(some) > SHOWN:
+            lines.append(f"  ... and {len(some) - SHOWN:,} more; --json FILE has all of them")
+        yield "\n".join(lines)
+
+
+def _filled(text: str, indent: int, mark: str = "") -> list[str]:
+    width = min(shutil.get_terminal_size((80, 24)).columns, 100)
+    first = " " * indent + mark
+    return textwrap.wrap(
+        text, max(width, 40), initial_indent=first, subsequent_indent=" " * len(first),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def github_lines(report: Report) -> Iterator[str]:
+    """GitHub's workflow commands: the findings that it will show, errors first."""
+    for severity in ("error", "warning"):
+        same = [finding for finding in report.findings if finding.severity == severity]
+        for finding in same[:SHOWN]:
+            path = f"{report.path}/{finding.file}" if finding.file else report.path
+            place = f"file={_property(path)},title={_property(f'verify: {finding.check}')}"
+            tensor = f"{finding.tensor}: " if finding.tensor else ""
+            yield f"::{severity} {place}::{_escaped(f'{tensor}{finding.what}. {finding.meaning}')}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _escaped(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,0 +1,177 @@
+"""A recorded fingerprint against a fresh recording of the same script: what is how far apart.
+
+Everything is measured, whatever the gate; ``gates`` says what of it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from dsv4_quant.fingerprint.document import Fingerprint, Measured, Spot
+from dsv4_quant.fingerprint.record import Floats, Recording, log_sum_exp
+from dsv4_quant.fingerprint.script import Script
+from dsv4_quant.fingerprint.sketch import ROW_BYTES, Digest, distance
+from dsv4_quant.fingerprint.suspects import Part, Row
+from dsv4_quant.fingerprint.watcher import Routes
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the pass, a sub-layer or a head, in both."""
+
+    layer: int | None
+    """Counts on through the MTP block; None for the model's own head."""
+    part: Part
+    is_equal: bool
+    """Bit for bit."""
+    typical: float
+    """Median over the prompts of the distance, as a part of the size."""
+    farthest: float
+    """The largest over the prompts."""
+    rows: tuple[Row, ...] = ()
+    """Which positions a difference has reached; none of a head."""
+
+    @property
+    def name(self) -> str:
+        """Such as ``layer 3 ffn``."""
+        return "head" if self.layer is None else f"layer {self.layer} {self.part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """How far one spot's distributions are apart."""
+
+    prompt: int
+    position: int
+    same_top: bool
+    kl: float | None
+    """Nats; None where only the order is known."""
+    logit: float | None
+    """The largest difference of a kept logit or the log-sum-exp; None of a served model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All that was measured."""
+
+    spots: tuple[Apart, ...]
+    steps: tuple[Step, ...]
+    """In the order of the pass; none against what a served model said."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether there is something to compare bit for bit, and all of it is equal."""
+        return bool(self.steps) and all(step.is_equal for step in self.steps)
+
+    @property
+    def top1(self) -> float:
+        """Part of the spots whose likeliest token is the same."""
+        return sum(spot.same_top for spot in self.spots) / len(self.spots)
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over the spots."""
+        known = [spot.kl for spot in self.spots if spot.kl is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def logit(self) -> float | None:
+        """Median over the spots."""
+        known = [spot.logit for spot in self.spots if spot.logit is not None]
+        return median(known) if known else None
+
+    def far(self, limit: float) -> float:
+        """Part of the spots whose logits differ by more than a limit."""
+        return sum((spot.logit or 0) > limit for spot in self.spots) / len(self.spots)
+
+
+def compare(recorded: Fingerprint, fresh: Recording) -> Comparison:
+    """fresh must be a recording of the same script (one without MTP is compared without)."""
+    script, measured, mine = recorded.script, recorded.measured, fresh.fingerprint.measured
+    assert mine is not None
+    apart = [
+        _apart(prompt, position, spot, row, is_served=measured is None)
+        for prompt, places in enumerate(script.spots)
+        for position, spot, row in zip(
+            places, recorded.spots[prompt], fresh.logits[prompt], strict=True
+        )
+    ]
+    steps = [] if measured is None else list(_steps(measured, mine, script, fresh.routes))
+    return Comparison(tuple(apart), tuple(steps))
+
+
+def _apart(prompt: int, position: int, spot: Spot, row: Floats, *, is_served: bool) -> Apart:
+    """row: all logits of the fresh pass, ``[vocab_size]``."""
+    lse = log_sum_exp(row)
+    ids = np.array(spot.ids)
+    logit = None
+    if not is_served:
+        logit = float(np.abs(row[ids] - np.array(spot.logits)).max())
+        logit = max(logit, abs(lse - spot.lse))
+    kl = None
+    if spot.logits:
+        theirs = np.array(spot.logits) - spot.lse
+        kl = divergence(theirs, row[ids].astype(np.float64) - lse)
+    return Apart(prompt, position, int(row.argmax()) == spot.ids[0], kl, logit)
+
+
+def divergence(one: np.ndarray, other: np.ndarray) -> float:
+    """``KL(one || other)`` of some outcomes' log-probabilities, all further ones taken as one more.
+
+    Never more than the divergence of the whole distributions.
+    """
+    p, q = np.exp(one), np.exp(other)
+    rest_p, rest_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), 1e-12)
+    total = float((p * (one - other)).sum())
+    if rest_p > 0:
+        total += float(rest_p * np.log(rest_p / rest_q))
+    return max(total, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    layer: int | None
+    part: Part
+    prompts: tuple[Digest, ...]
+    rows: bytes = b""
+
+
+def _stages(measured: Measured) -> Iterator[_Stage]:
+    """The order of the pass: layers, head, MTP block, its head."""
+    layers = measured.model["num_hidden_layers"]
+    for seen in measured.streams:
+        if (seen.layer, seen.part) == (layers, "attn"):
+            yield _Stage(None, "head", measured.logits)
+        yield _Stage(seen.layer, seen.part, seen.prompts, seen.rows)
+    if measured.mtp_logits:
+        yield _Stage(layers, "head", measured.mtp_logits)
+    else:
+        yield _Stage(None, "head", measured.logits)
+
+
+def _steps(theirs: Measured, mine: Measured, script: Script, routes: Routes) -> Iterator[Step]:
+    for one, other in zip(_stages(theirs), _stages(mine), strict=False):
+        apart = [distance([a], [b]) for a, b in zip(one.prompts, other.prompts, strict=True)]
+        yield Step(
+            layer=one.layer,
+            part=one.part,
+            is_equal=[d.hash for d in one.prompts] == [d.hash for d in other.prompts],
+            typical=median(apart),
+            farthest=max(apart),
+            rows=tuple(_rows(one, other, script, routes)),
+        )
+
+
+def _rows(one: _Stage, other: _Stage, script: Script, routes: Routes) -> Iterator[Row]:
+    if one.part == "head" or one.layer is None:
+        return
+    places = [(prompt, place) for prompt, rows in enumerate(script.rows) for place in rows]
+    experts = np.concatenate(routes[one.layer]) if places else []
+    for i, (prompt, position) in enumerate(places):
+        part = slice(i * ROW_BYTES, (i + 1) * ROW_BYTES)
+        chosen = tuple(int(expert) for expert in experts[i])
+        yield Row(prompt, position, one.rows[part] != other.rows[part], chosen)
