@@ -16,6 +16,7 @@ from dsv4_quant.cli.tables import duration, size, table
 from dsv4_quant.convert.request import Request
 from dsv4_quant.convert.run import ConvertReport, convert
 from dsv4_quant.convert.summary import PlanSummary, plan_conversion
+from dsv4_quant.hub import resolve
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -75,11 +76,12 @@ def run(
 ) -> None:
     """Plans or converts, and tells the result."""
     with shown(quiet=quiet) as progress:
+        folder = resolve(src, progress=progress)
         if dry_run:
-            plan = plan_conversion(src, out, request, workers=workers, max_memory=max_memory)
+            plan = plan_conversion(folder, out, request, workers=workers, max_memory=max_memory)
         else:
             report = convert(
-                src, out, request,
+                folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, progress=progress,
             )  # fmt: skip
     if dry_run:

@@ -22,7 +22,7 @@ from dsv4_quant.formats.rules import (
     candidates,
 )
 from dsv4_quant.kernels.launch_triton import OPTIONS, TILE, float_bits, fold_groups, tile_rows
-from dsv4_quant.kernels.minifloat_triton import ceil_exponent, nearest_code, widen
+from dsv4_quant.kernels.minifloat_triton import ceil_exponent, e8m0_value, widen
 from dsv4_quant.kernels.quantise_blocks_torch import GRIDS, Quantised
 
 (MARGIN_BITS,) = struct.unpack("<q", struct.pack("<d", MARGIN))
@@ -30,36 +30,45 @@ from dsv4_quant.kernels.quantise_blocks_torch import GRIDS, Quantised
 
 @triton.jit
 def _fold_sum(x):
-    # torch: while n > 1: n //= 2; x = x[..., :n] + x[..., n:]   [BLOCKS, LANES] -> [BLOCKS]
-    BLOCKS: tl.constexpr = x.shape[0]
-    n: tl.constexpr = x.shape[1]
-    if n == 1:
-        total = tl.reshape(x, (BLOCKS,))
+    # torch: while n > 1: n //= 2; x = x[..., :n] + x[..., n:]   [P, BLOCKS, T * K] -> [BLOCKS]
+    # A sum of two terms has no order.
+    P: tl.constexpr = x.shape[0]
+    BLOCKS: tl.constexpr = x.shape[1]
+    n: tl.constexpr = x.shape[2]
+    if P > 1:
+        total = _fold_sum(tl.sum(tl.reshape(x, (2, P // 2, BLOCKS, n)), 0))
+    elif n > 1:
+        total = _fold_sum(tl.sum(tl.reshape(x, (1, BLOCKS, 2, n // 2)), 2))
     else:
-        total = _fold_sum(tl.sum(tl.reshape(x, (BLOCKS, 2, n // 2)), 1))  # two terms: no order
+        total = tl.reshape(x, (BLOCKS,))
     return total
 
 
 @triton.jit
-def _code_value(code, exponent, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    # torch: grid[code] * 2.0**exponent   in float64
-    # A normal code has float64's layout but for the bias; its mantissa is in the upper word. A
-    # subnormal one is taken for one of the first binade, and the 2**(1 - BIAS) too much goes again.
-    subnormal = code < (1 << MANTISSA)
-    first = (exponent + (1023 - BIAS + 1)) << 20
-    code += tl.where(subnormal, 1 << MANTISSA, 0)
-    upper = (code << (20 - MANTISSA)) + ((exponent + (1023 - BIAS)) << 20)
-    value = (upper.to(tl.int64) << 32).to(tl.float64, bitcast=True)
-    return value - tl.where(subnormal, (first.to(tl.int64) << 32).to(tl.float64, bitcast=True), 0.0)
+def _nearest(scaled, step, MANTISSA: tl.constexpr, BIAS: tl.constexpr, TOP_BITS: tl.constexpr):
+    # torch: grid[codes] * 2.0**-step   for codes of scaled * 2**step
+    # Grid points of a binade 2**e are 2**(e - MANTISSA) apart, and below the smallest normal one no
+    # closer. Beside 1.5 * 2**(e - MANTISSA + 23) float32 numbers are that far apart: adding that
+    # number rounds, ties to even, and taking it off again is exact.
+    smallest = (128 - BIAS - step) << 23
+    binade = tl.maximum(scaled.to(tl.int32, bitcast=True) & 0x7F800000, smallest)
+    large = (binade + ((23 - MANTISSA) << 23) + 0x400000).to(tl.float32, bitcast=True)
+    top = (TOP_BITS - (step << 23)).to(tl.float32, bitcast=True)
+    return tl.minimum((scaled + large) - large, top)
 
 
 @triton.jit
-def _round(magnitude, scaled, s_max, exponent, MANTISSA, BIAS, TOP_CODE):
-    # torch: codes, errors = _round(values, exponents, grid)
-    # scaled = magnitude / 2**s_max as float32 bits. Where that rounds, the code is 0 in any case.
-    code = nearest_code(scaled, (exponent - s_max)[:, None], MANTISSA, BIAS)
-    code = tl.minimum(code, TOP_CODE)
-    return code, magnitude - _code_value(code, exponent[:, None], MANTISSA, BIAS)
+def _errors(magnitude, nearest, half_scale):
+    # torch: |v| - grid[codes] * S   exact: both differences are multiples of the last bit of |v| and
+    # no larger than it; and half of grid[codes] * S, unlike the whole, is always in range
+    half = nearest * half_scale
+    return magnitude - half - half
+
+
+@triton.jit
+def _squares(x):
+    wide = x.to(tl.float64)
+    return wide * wide
 
 
 @triton.jit
@@ -79,79 +88,90 @@ def _quantise_blocks_kernel(
     B: tl.constexpr,
     C: tl.constexpr,
     BLOCKS: tl.constexpr,
-    LANES: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
     CANDIDATES: tl.constexpr,
     MANTISSA: tl.constexpr,
     BIAS: tl.constexpr,
     TOP_BITS: tl.constexpr,
-    TOP_CODE: tl.constexpr,
     ZERO_EXPONENT: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
     MARGIN_BITS: tl.constexpr,
 ):
-    # One program: BLOCKS blocks, one below the other; each LANES long, B * C of them used.
+    # One program: BLOCKS blocks, one below the other, of LANES values, B * C of them used.
     # Axis 2 walks the matrices of a stack.
+    # As [P, BLOCKS, T * K] a thread holds K neighbours and all P, so that it folds P by itself.
+    LANES: tl.constexpr = P * T * K
     i = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     j = tl.program_id(1)
     matrix = tl.program_id(2).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    row = i[:, None] * B + (lane // C)[None, :]
-    col = j * C + lane % C
-    inside = (row < rows) & ((lane < B * C) & (col < cols))[None, :]
-    at = (matrix * rows + row) * cols + col[None, :]
-    x = widen(tl.load(x_ptr + at, inside, other=0.0))  # [BLOCKS, LANES]
+    lane = tl.arange(0, P)[:, None] * (T * K) + tl.arange(0, T * K)[None, :]
+    row = i[None, :, None] * B + (lane // C)[:, None, :]
+    col = (j * C + lane % C)[:, None, :]
+    inside = (row < rows) & (lane < B * C)[:, None, :] & (col < cols)
+    at = (matrix * rows + row) * cols + col
+    x = widen(tl.load(x_ptr + at, inside, other=0.0))  # [P, BLOCKS, T * K]
 
     # torch: refused = ~blocks.isfinite().all(-1); values = blocks.masked_fill(refused, 0)
     bits = x.to(tl.int32, bitcast=True)
-    amax = tl.max(bits & 0x7FFFFFFF, 1)  # bits of magnitudes order as the numbers do
+    amax = tl.max(tl.max(bits & 0x7FFFFFFF, 0), 1)  # bits of magnitudes order as the numbers do
     refused = amax >= 0x7F800000
-    bits = tl.where(refused[:, None], 0, bits)
+    bits = tl.where(refused[None, :, None], 0, bits)
     amax = tl.where(refused, 0, amax)
     # torch: s_max = max_exponents(values, element)
     # A subnormal amax has an exponent field of 0 and so an s far below the smallest.
     s_max = tl.maximum(ceil_exponent(amax, TOP_BITS), MIN_EXPONENT)
     s_max = tl.where(amax == 0, ZERO_EXPONENT, s_max)
 
+    # torch: codes, errors = _round(values, exponents, grid); best = fold_sum(errors.square())
+    # Where scaled is rounded, it is so small that its code is 0 anyway.
     magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    inverse = ((127 - s_max) << 23).to(tl.float32, bitcast=True)  # s_max is at most 126: normal
-    scaled = (magnitude * inverse[:, None]).to(tl.int32, bitcast=True)
-    magnitude = magnitude.to(tl.float64)
-    codes, errors = _round(magnitude, scaled, s_max, s_max, MANTISSA, BIAS, TOP_CODE)
-    best, exponent = _fold_sum(errors * errors), s_max
-    for step in tl.static_range(1, CANDIDATES):
-        tried = tl.maximum(s_max - step, MIN_EXPONENT)
-        tried_codes, errors = _round(magnitude, scaled, s_max, tried, MANTISSA, BIAS, TOP_CODE)
-        sums = _fold_sum(errors * errors)
+    scaled = magnitude * e8m0_value(127 - s_max)[None, :, None]
+    half_scale = (e8m0_value(127 + s_max) * 0.5)[None, :, None]
+    step = tl.zeros((BLOCKS,), tl.int32)
+    nearest = _nearest(scaled, step[None, :, None], MANTISSA, BIAS, TOP_BITS)
+    best = _fold_sum(_squares(_errors(magnitude, nearest, half_scale)))
+    for candidate in tl.static_range(1, CANDIDATES):
+        tried = tl.minimum(candidate, s_max - MIN_EXPONENT)
+        rounded = _nearest(scaled, tried[None, :, None], MANTISSA, BIAS, TOP_BITS)
+        sums = _fold_sum(_squares(_errors(magnitude, rounded, half_scale)))
         margin = tl.full((BLOCKS,), MARGIN_BITS, tl.int64).to(tl.float64, bitcast=True)
         better = sums < best * margin
         best = tl.where(better, sums, best)
-        exponent = tl.where(better, tried, exponent)
-        codes = tl.where(better[:, None], tried_codes, codes)
-    errors = magnitude - _code_value(codes, exponent[:, None], MANTISSA, BIAS)
+        step = tl.where(better, tried, step)
+        nearest = tl.where(better[None, :, None], rounded, nearest)
+    errors = tl.abs(_errors(magnitude, nearest, half_scale))
     # torch: saturated = (values.abs() > top * S).sum(-1); flushed = (values != 0) & (codes == 0)
-    top = TOP_BITS + ((exponent - s_max) << 23)
-    beyond = (scaled > top[:, None]).to(tl.int32)
-    lost = ((magnitude > 0) & (codes == 0)).to(tl.int32)
+    top = (TOP_BITS - (step << 23)).to(tl.float32, bitcast=True)
+    beyond = (scaled > top[None, :, None]).to(tl.int32)
+    lost = ((magnitude > 0) & (nearest == 0)).to(tl.int32)
 
     block = (matrix * h + i) * w + j
     stored = i < h
-    scales = tl.where(refused, 0xFF, exponent + 127).to(tl.uint8)
+    scales = tl.where(refused, 0xFF, s_max - step + 127).to(tl.uint8)
     tl.store(scales_ptr + block, scales, stored)
-    tl.store(value_squares_ptr + block, _fold_sum(magnitude * magnitude), stored)
+    tl.store(value_squares_ptr + block, _fold_sum(_squares(magnitude)), stored)
     tl.store(error_squares_ptr + block, best, stored)
-    tl.store(largest_errors_ptr + block, tl.max(tl.abs(errors), 1).to(tl.float32), stored)
-    tl.store(saturated_ptr + block, tl.sum(beyond, 1), stored)
-    tl.store(flushed_ptr + block, tl.sum(lost, 1), stored)
+    tl.store(largest_errors_ptr + block, tl.max(tl.max(errors, 0), 1), stored)
+    tl.store(saturated_ptr + block, tl.sum(tl.sum(beyond, 0), 1), stored)
+    tl.store(flushed_ptr + block, tl.sum(tl.sum(lost, 0), 1), stored)
 
+    # A grid point times 2**(BIAS - 127) has its code where float32 has exponent and mantissa,
+    # subnormals included.
+    shift = ((step + BIAS) << 23).to(tl.float32, bitcast=True)
+    codes = (nearest * shift[None, :, None]).to(tl.int32, bitcast=True) >> (23 - MANTISSA)
     if MANTISSA == 3:
-        # torch: codes | values.signbit() << 7, and NaN, the code after the largest, where refused
-        codes = tl.where(refused[:, None], TOP_CODE + 1, codes | ((bits >> 24) & 0x80))
+        # torch: codes | values.signbit() << 7, and NaN where refused
+        codes |= (bits >> 24) & 0x80
+        codes = tl.where(refused[None, :, None], 0x7F, codes)
         tl.store(codes_ptr + at, codes.to(tl.uint8), inside)
     else:
         # torch: codes |= (values.signbit() & (codes > 0)) << 3
         codes = tl.where(codes > 0, codes | ((bits >> 28) & 0x8), 0)
         # torch: codes[..., 0::2] | codes[..., 1::2] << 4
-        low, high = tl.split(tl.reshape(codes, (BLOCKS, LANES // 2, 2)))
+        codes = tl.reshape(tl.permute(codes, (1, 0, 2)), (BLOCKS, LANES // 2, 2))
+        low, high = tl.split(codes)
         pair = tl.arange(0, LANES // 2)
         row = i[:, None] * B + (pair // (C // 2))[None, :]
         byte = j * (C // 2) + pair % (C // 2)
@@ -177,6 +197,8 @@ def quantise_blocks(
             matrices, (rows, cols) = 1, fold_groups(matrices * rows, cols, c)
         h, w, lanes = triton.cdiv(rows, b), triton.cdiv(cols, c), triton.next_power_of_2(b * c)
         blocks = tile_rows(h, lanes)
+        threads = max(1, lanes // 32)
+        neighbours = min(lanes, 8 if threads < 32 else 2)
         _quantise_blocks_kernel[(triton.cdiv(h, blocks), w, matrices)](
             x.contiguous(),
             codes,
@@ -188,12 +210,13 @@ def quantise_blocks(
             B=b,
             C=c,
             BLOCKS=blocks,
-            LANES=lanes,
+            T=threads,
+            K=neighbours,
+            P=lanes // (threads * neighbours),
             CANDIDATES=candidates(rule, element, b * c),
             MANTISSA=mantissa,
             BIAS=bias,
             TOP_BITS=float_bits(GRIDS[element][-1]),
-            TOP_CODE=len(GRIDS[element]) - 1,
             ZERO_EXPONENT=ZERO_EXPONENTS[element],
             MIN_EXPONENT=MIN_EXPONENT,
             MARGIN_BITS=MARGIN_BITS,

@@ -34,7 +34,7 @@ def judge_quantisation(subject: Subject) -> Iterator[Finding]:
     if config.expert_dtype not in (None, held.experts.kind):
         yield lie("expert_dtype", config.expert_dtype, held.experts.kind,
                   "A loader would read the experts as another format.")  # fmt: skip
-    elif config.expert_dtype is None and said.experts.kind != held.experts.kind:
+    elif config.expert_dtype is None and held.experts.kind not in ("bf16", said.experts.kind):
         yield warning("config", "no expert_dtype",
                       f"Loaders guess then, and guess {said.experts.kind}.",
                       file=file, expected=f"expert_dtype {held.experts.kind}")  # fmt: skip

@@ -1,8 +1,10 @@
 """How much memory a conversion may use, and what follows: panel size and threads.
 
-Measured: Python with numpy, numba and BLAKE3 takes about 200 MiB, a weight's entry in the plan
-about 2 KiB. What remains is shared by panels: each thread holds one panel's source and output and
-the hashing buffers; as much again may wait to be hashed in order.
+Measured: Python with numpy, numba, its kernels and BLAKE3 takes 150 MiB; a weight takes 3.5 to 5.2
+KiB until the manifest is written (its headers, plan, digest and proof). What remains is shared by
+panels: each thread holds one panel's source and output and the hashing buffers; as much again may
+wait to be hashed in order. A panel has at least one digest leaf and one row of blocks, so very wide
+weights need more than LEAST_VALUES.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from dsv4_quant.checkpoint.panels import PANEL_VALUES
-from dsv4_quant.convert.plan import Plan
+from dsv4_quant.checkpoint.panels import PANEL_VALUES, row_unit
+from dsv4_quant.convert.plan import Plan, Step
 from dsv4_quant.errors import UsageError
 
 BASE_BYTES = 160 << 20
-WEIGHT_BYTES = 2 << 10
+WEIGHT_BYTES = 6 << 10
 VALUE_BYTES = 16
 """Per thread and panel value: 4 source, 4 output, 8 waiting to be hashed."""
 
@@ -35,12 +37,19 @@ def budget(plan: Plan, *, workers: int | None, max_memory: int) -> Budget:
     """Shares out the memory. Raises UsageError that names the least that would do."""
     threads = workers or len(os.sched_getaffinity(0))
     fixed = BASE_BYTES + WEIGHT_BYTES * len(plan.catalogue.specs)
-    least = fixed + LEAST_VALUES * VALUE_BYTES
+    narrowest = max(LEAST_VALUES, max(map(_least_values, plan.steps)))
+    least = fixed + narrowest * VALUE_BYTES
     if max_memory < least:
         raise UsageError(
             f"--max-memory {max_memory >> 20} MiB is too little for this checkpoint",
             hint=f"It needs at least {-(-least >> 20)} MiB.",
         )
-    threads = min(threads, (max_memory - fixed) // (LEAST_VALUES * VALUE_BYTES))
-    values = min(PANEL_VALUES, (max_memory - fixed) // (threads * VALUE_BYTES))
+    threads = min(threads, (max_memory - fixed) // (narrowest * VALUE_BYTES))
+    values = (max_memory - fixed) // (threads * VALUE_BYTES)
+    values = min(values, max(PANEL_VALUES, narrowest))
     return Budget(threads, values, fixed + threads * values * VALUE_BYTES)
+
+
+def _least_values(step: Step) -> int:
+    unit = row_unit(step.spec, (step.out.spec.format,))
+    return min(unit, step.spec.matrix[0]) * step.spec.matrix[1]

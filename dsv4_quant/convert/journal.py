@@ -65,11 +65,14 @@ class Workspace:
         self.out = out
         self.folder = out / FOLDER
         try:
-            self.made_out = not out.exists()
+            made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self.made_out = out in made
             if self.folder.is_symlink():
                 raise OSError(errno.ELOOP, f"{FOLDER} is a symbolic link")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            for path in made:
+                sync_folder(path.parent)
+            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise WriteError(
                 f"The output folder cannot be made: {error.strerror}", file=out

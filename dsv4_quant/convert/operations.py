@@ -69,7 +69,7 @@ def _fp4_to_fp8(panel: Panel, proof: Proof) -> Codes:
     spreads, result = np.zeros(256, np.int64), np.zeros(5, np.int64)
     assert tensor.format.block is not None
     group = tensor.format.block[1]
-    bad = fp4_to_fp8(tensor.codes, tensor.scales, scales, group, b, c, out, spreads, result)
+    bad = fp4_to_fp8(tensor.codes, _scales(tensor), scales, group, b, c, out, spreads, result)
     if bad:
         tile_row, tile_col, _, least, most = (int(value) for value in result[:5])
         if most == 0xFF:
@@ -93,7 +93,7 @@ def _fp8_scales(panel: Panel) -> Codes:
     assert panel.tensor.format.block is not None
     group = panel.tensor.format.block[1]
     out = np.empty((-(-rows // b), -(-cols // c)), np.uint8)
-    fp8_scales(panel.tensor.scales, group, b, c, out)
+    fp8_scales(_scales(panel.tensor), group, b, c, out)
     return out
 
 
@@ -105,9 +105,9 @@ def _to_bf16(panel: Panel, proof: Proof | None = None) -> Half:
     out = np.empty(_shape(tensor), np.uint16)
     b, c = _block(tensor.format)
     if tensor.format.kind == "fp4":
-        flags = fp4_to_bf16(tensor.codes, tensor.scales, c, out)
+        flags = fp4_to_bf16(tensor.codes, _scales(tensor), c, out)
     else:
-        flags = fp8_to_bf16(tensor.codes, tensor.scales, 0, b, c, out)
+        flags = fp8_to_bf16(tensor.codes, _scales(tensor), 0, b, c, out)
     if flags & (IS_NAN | NOT_BF16):
         _explain_bf16(panel)
     return out
@@ -124,9 +124,9 @@ def _explain_bf16(panel: Panel) -> NoReturn:
     if len(lost):
         row, col = map(int, lost[0])
         _not_exact(panel, panel.first_row + row, col, f"{values[row, col]} is not in BF16")
-    assert panel.tensor.scales is not None and panel.tensor.format.block is not None
-    tile = np.argwhere(np.abs(panel.tensor.scales) < np.finfo(np.float32).tiny)[0]
-    row, col = (int(i) * size for i, size in zip(tile, panel.tensor.format.block, strict=True))
+    tile = np.argwhere(np.abs(_scales(panel.tensor)) < np.finfo(np.float32).tiny)[0]
+    b, c = _block(panel.tensor.format)
+    row, col = int(tile[0]) * b, int(tile[1]) * c
     _not_exact(panel, panel.first_row + row, col, "a scale so small that float32 loses the product")
 
 
@@ -199,6 +199,11 @@ def _nan(panel: Panel, row: int, col: int) -> NoReturn:
 def _block(form: Format) -> tuple[int, int]:
     assert form.block is not None
     return form.block
+
+
+def _scales(tensor: Tensor) -> NDArray[Any]:
+    assert tensor.scales is not None
+    return tensor.scales
 
 
 def _shape(tensor: Tensor) -> tuple[int, int]:

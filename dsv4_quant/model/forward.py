@@ -76,7 +76,7 @@ def forward(
         check_mtp(config)
     watcher = observer or Observer()
     steps = config.num_hidden_layers + 1 + mtp
-    with _torch_threads(threads), Workers(threads) as workers, Reader(ckpt) as reader:
+    with Workers(threads) as workers, _one_torch_thread(), Reader(ckpt) as reader:
         a = Arithmetic(arithmetic == "deployed", activations == "bfloat16", workers)
         batch = Batch([list(prompt) for prompt in prompts], decode)
         length = max(batch.lengths)
@@ -120,10 +120,10 @@ def _dense_names(ckpt: Source) -> dict[int, list[str]]:
 
 
 @contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Lets PyTorch's own elementwise operations use as many threads as the products."""
+def _one_torch_thread() -> Iterator[None]:
+    """PyTorch's own operations here are elementwise and short: waking threads costs more."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -420,7 +420,7 @@ def agrees_or_refuses(text: bytes, data: bytes) -> None:
     assert ours == {n: (t["dtype"], t["shape"], bytes(t["data"])) for n, t in theirs.items()}
 
 
-@settings(max_examples=700, deadline=2000)
+@settings(max_examples=400, deadline=5000)
 @given(st.data())
 def test_fuzz_bytes(data: st.DataObject) -> None:
     text = bytearray(json.dumps(BASE, separators=(",", ":")).encode())
@@ -443,7 +443,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=700, deadline=2000)
+@settings(max_examples=400, deadline=5000)
 @given(st.data())
 def test_fuzz_structure(data: st.DataObject) -> None:
     header: dict[str, Any] = json.loads(json.dumps(BASE))

@@ -27,7 +27,7 @@ from dsv4_quant.validators.verify import judge, verify
 from tests.convert.checkpoints import digests
 from tests.folders import INDEX, copy_of, edited_file, edited_json, golden
 from tests.validators.conftest import Sound
-from tests.validators.damages import IDS, NORM, SHARDS, WO_A, W1, set_bytes
+from tests.validators.damages import IDS, NORM, SHARDS, W1, WO_A, set_bytes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
