@@ -26,6 +26,8 @@ COMMANDS = {
     "verify": "Judge a checkpoint: structure, every byte, every number.",
     "digest": "The value digest: one line that says which numbers a checkpoint holds.",
     "manifest": "Make manifest and SHA256SUMS for a checkpoint that has none.",
+    "forward": "Logits of the reference forward pass, a layer at a time.",
+    "fingerprint": "Record what a checkpoint says on fixed prompts, in a few kB.",
     "synth": "Make a seeded random checkpoint in the published format.",
 }
 """Name -> one-line help. The command lives in the file of that name."""

@@ -121,7 +121,7 @@ class Lines:
         return f"{text}, {duration(left)} left" if left > 0 else text
 
     def _amount(self, total: int = 0) -> str:
-        """Such as ``2.50 MiB of 100 MiB``, ``3 of 45 steps``; what is done alone without a total."""
+        """Such as ``2.50 MiB of 100 MiB`` or ``3 of 45 steps``; without a total what is done."""
         counted, unit = (size, "") if self._unit == BYTES else ("{:,}".format, f" {self._unit}")
         of = f" of {counted(total)}" if total else ""
         return f"{counted(self._done)}{of}{unit}"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd, prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.errors import UsageError
@@ -128,8 +128,7 @@ DSPARK_LAST = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One logical weight. ``layer`` counts on through the mtp blocks; None for the top level."""
 
     name: str
@@ -152,8 +151,7 @@ class TensorSpec:
         return (1, self.shape[0]) if len(self.shape) == 1 else (self.shape[0], self.shape[1])
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """What a file holds: a weight's codes or its scales. ``dtype`` as safetensors spells it."""
 
     name: str

@@ -50,13 +50,14 @@ class Dsv4Error(Exception):
         super().__init__(self.paragraph())
 
     def paragraph(self) -> str:
-        """The whole message: what, where, what to do."""
+        """The whole message: what, where, what to do. Strangers' names lose their control codes."""
         where = [f"file {self.file}"] if self.file else []
         where += [f"tensor {self.tensor}"] if self.tensor else []
         text = self.what if self.what.endswith((".", "?", "!")) else self.what + "."
         if where:
             text += f" ({', '.join(where)})"
-        return f"{text} {self.hint}" if self.hint else text
+        text = f"{text} {self.hint}" if self.hint else text
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(Dsv4Error):

@@ -133,7 +133,7 @@ def _total(classes: list[tuple[TensorSpec, int]], experts: Format, gpus: int) ->
     """Tensors and bytes on one GPU with the experts in another format."""
     tensors = size = 0
     for spec, count in classes:
-        stored_so = replace(spec, format=experts) if spec.kind == "expert" else spec
+        stored_so = spec._replace(format=experts) if spec.kind == "expert" else spec
         for _, each, held in _on_one_gpu(stored_so, count, "mp", gpus):
             tensors += held
             size += each * held

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_quant.formats.rules import (
+    FP8_LOSING,
     MARGIN,
     MIN_EXPONENT,
     ZERO_EXPONENTS,
@@ -28,20 +29,36 @@ from dsv4_quant.kernels.quantise_blocks_torch import GRIDS, Quantised
 (MARGIN_BITS,) = struct.unpack("<q", struct.pack("<d", MARGIN))
 """As bits: Triton could take a number so near to 1 for a float32."""
 
+
 @triton.jit
 def _fold_sum(x):
-    # torch: while n > 1: n //= 2; x = x[..., :n] + x[..., n:]   [P, BLOCKS, T * K] -> [BLOCKS]
+    # torch: while n > 1: n //= 2; x = x[..., :n] + x[..., n:]   [P, BLOCKS, T, K] -> [BLOCKS]
     # A sum of two terms has no order.
     P: tl.constexpr = x.shape[0]
     BLOCKS: tl.constexpr = x.shape[1]
-    n: tl.constexpr = x.shape[2]
+    T: tl.constexpr = x.shape[2]
+    K: tl.constexpr = x.shape[3]
     if P > 1:
-        total = _fold_sum(tl.sum(tl.reshape(x, (2, P // 2, BLOCKS, n)), 0))
-    elif n > 1:
-        total = _fold_sum(tl.sum(tl.reshape(x, (1, BLOCKS, 2, n // 2)), 2))
+        total = _fold_sum(tl.sum(tl.reshape(x, (2, P // 2, BLOCKS, T, K)), 0))
+    elif T > 1:
+        total = _fold_sum(tl.sum(tl.reshape(x, (1, BLOCKS, 2, T // 2, K)), 2))
+    elif K > 1:
+        total = _fold_sum(tl.sum(tl.reshape(x, (1, BLOCKS, 1, 2, K // 2)), 3))
     else:
         total = tl.reshape(x, (BLOCKS,))
     return total
+
+
+@triton.jit
+def _max(x):
+    # torch: x.amax(-1)   [P, BLOCKS, T, K] -> [BLOCKS]
+    return tl.max(tl.max(tl.max(x, 0), 2), 1)
+
+
+@triton.jit
+def _count(x):
+    # torch: x.sum(-1)   [P, BLOCKS, T, K] -> [BLOCKS]
+    return tl.sum(tl.sum(tl.sum(x.to(tl.int32), 0), 2), 1)
 
 
 @triton.jit
@@ -98,26 +115,28 @@ def _quantise_blocks_kernel(
     ZERO_EXPONENT: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
     MARGIN_BITS: tl.constexpr,
+    FP8_LOSING: tl.constexpr,
 ):
     # One program: BLOCKS blocks, one below the other, of LANES values, B * C of them used.
     # Axis 2 walks the matrices of a stack.
-    # As [P, BLOCKS, T * K] a thread holds K neighbours and all P, so that it folds P by itself.
+    # As [P, BLOCKS, T, K] a thread holds K neighbours and all P, so that it folds P by itself.
     LANES: tl.constexpr = P * T * K
     i = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     j = tl.program_id(1)
     matrix = tl.program_id(2).to(tl.int64)
-    lane = tl.arange(0, P)[:, None] * (T * K) + tl.arange(0, T * K)[None, :]
-    row = i[None, :, None] * B + (lane // C)[:, None, :]
-    col = (j * C + lane % C)[:, None, :]
-    inside = (row < rows) & (lane < B * C)[:, None, :] & (col < cols)
+    lane = tl.arange(0, P)[:, None, None] * T + tl.arange(0, T)[None, :, None]
+    lane = (lane * K + tl.arange(0, K)[None, None, :])[:, None, :, :]  # [P, 1, T, K]
+    row = i[None, :, None, None] * B + lane // C
+    col = j * C + lane % C
+    inside = (row < rows) & (lane < B * C) & (col < cols)
     at = (matrix * rows + row) * cols + col
-    x = widen(tl.load(x_ptr + at, inside, other=0.0))  # [P, BLOCKS, T * K]
+    x = widen(tl.load(x_ptr + at, inside, other=0.0))  # [P, BLOCKS, T, K]
 
     # torch: refused = ~blocks.isfinite().all(-1); values = blocks.masked_fill(refused, 0)
     bits = x.to(tl.int32, bitcast=True)
-    amax = tl.max(tl.max(bits & 0x7FFFFFFF, 0), 1)  # bits of magnitudes order as the numbers do
+    amax = _max(bits & 0x7FFFFFFF)  # bits of magnitudes order as the numbers do
     refused = amax >= 0x7F800000
-    bits = tl.where(refused[None, :, None], 0, bits)
+    bits = tl.where(refused[None, :, None, None], 0, bits)
     amax = tl.where(refused, 0, amax)
     # torch: s_max = max_exponents(values, element)
     # A subnormal amax has an exponent field of 0 and so an s far below the smallest.
@@ -127,25 +146,31 @@ def _quantise_blocks_kernel(
     # torch: codes, errors = _round(values, exponents, grid); best = fold_sum(errors.square())
     # Where scaled is rounded, it is so small that its code is 0 anyway.
     magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    scaled = magnitude * e8m0_value(127 - s_max)[None, :, None]
-    half_scale = (e8m0_value(127 + s_max) * 0.5)[None, :, None]
+    inverse = e8m0_value(127 - s_max)
+    scaled = magnitude * inverse[None, :, None, None]
+    half_scale = (e8m0_value(127 + s_max) * 0.5)[None, :, None, None]
     step = tl.zeros((BLOCKS,), tl.int32)
-    nearest = _nearest(scaled, step[None, :, None], MANTISSA, BIAS, TOP_BITS)
+    nearest = _nearest(scaled, step[None, :, None, None], MANTISSA, BIAS, TOP_BITS)
     best = _fold_sum(_squares(_errors(magnitude, nearest, half_scale)))
+    # Only FP8 knows blocks that have nothing to gain (rules.candidates).
+    gaining = tl.min(amax.to(tl.float32, bitcast=True) * inverse) < FP8_LOSING
     for candidate in tl.static_range(1, CANDIDATES):
-        tried = tl.minimum(candidate, s_max - MIN_EXPONENT)
-        rounded = _nearest(scaled, tried[None, :, None], MANTISSA, BIAS, TOP_BITS)
-        sums = _fold_sum(_squares(_errors(magnitude, rounded, half_scale)))
-        margin = tl.full((BLOCKS,), MARGIN_BITS, tl.int64).to(tl.float64, bitcast=True)
-        better = sums < best * margin
-        best = tl.where(better, sums, best)
-        step = tl.where(better, tried, step)
-        nearest = tl.where(better[None, :, None], rounded, nearest)
+        if gaining:
+            tried = tl.minimum(candidate, s_max - MIN_EXPONENT)
+            rounded = _nearest(scaled, tried[None, :, None, None], MANTISSA, BIAS, TOP_BITS)
+            sums = _fold_sum(_squares(_errors(magnitude, rounded, half_scale)))
+            # torch: better = sums < best * MARGIN
+            margin = tl.full((BLOCKS,), MARGIN_BITS, tl.int64).to(tl.float64, bitcast=True)
+            better = sums < best * margin
+            best = tl.where(better, sums, best)
+            step = tl.where(better, tried, step)
+            nearest = tl.where(better[None, :, None, None], rounded, nearest)
     errors = tl.abs(_errors(magnitude, nearest, half_scale))
     # torch: saturated = (values.abs() > top * S).sum(-1); flushed = (values != 0) & (codes == 0)
-    top = (TOP_BITS - (step << 23)).to(tl.float32, bitcast=True)
-    beyond = (scaled > top[None, :, None]).to(tl.int32)
-    lost = ((magnitude > 0) & (nearest == 0)).to(tl.int32)
+    saturated = tl.zeros((BLOCKS,), tl.int32)
+    if CANDIDATES > 1:
+        top = (TOP_BITS - (step << 23)).to(tl.float32, bitcast=True)
+        saturated = _count(scaled > top[None, :, None, None])
 
     block = (matrix * h + i) * w + j
     stored = i < h
@@ -153,24 +178,24 @@ def _quantise_blocks_kernel(
     tl.store(scales_ptr + block, scales, stored)
     tl.store(value_squares_ptr + block, _fold_sum(_squares(magnitude)), stored)
     tl.store(error_squares_ptr + block, best, stored)
-    tl.store(largest_errors_ptr + block, tl.max(tl.max(errors, 0), 1), stored)
-    tl.store(saturated_ptr + block, tl.sum(tl.sum(beyond, 0), 1), stored)
-    tl.store(flushed_ptr + block, tl.sum(tl.sum(lost, 0), 1), stored)
+    tl.store(largest_errors_ptr + block, _max(errors), stored)
+    tl.store(saturated_ptr + block, saturated, stored)
+    tl.store(flushed_ptr + block, _count((magnitude > 0) & (nearest == 0)), stored)
 
     # A grid point times 2**(BIAS - 127) has its code where float32 has exponent and mantissa,
     # subnormals included.
     shift = ((step + BIAS) << 23).to(tl.float32, bitcast=True)
-    codes = (nearest * shift[None, :, None]).to(tl.int32, bitcast=True) >> (23 - MANTISSA)
+    codes = (nearest * shift[None, :, None, None]).to(tl.int32, bitcast=True) >> (23 - MANTISSA)
     if MANTISSA == 3:
         # torch: codes | values.signbit() << 7, and NaN where refused
         codes |= (bits >> 24) & 0x80
-        codes = tl.where(refused[None, :, None], 0x7F, codes)
+        codes = tl.where(refused[None, :, None, None], 0x7F, codes)
         tl.store(codes_ptr + at, codes.to(tl.uint8), inside)
     else:
         # torch: codes |= (values.signbit() & (codes > 0)) << 3
         codes = tl.where(codes > 0, codes | ((bits >> 28) & 0x8), 0)
         # torch: codes[..., 0::2] | codes[..., 1::2] << 4
-        codes = tl.reshape(tl.permute(codes, (1, 0, 2)), (BLOCKS, LANES // 2, 2))
+        codes = tl.reshape(tl.permute(codes, (1, 0, 2, 3)), (BLOCKS, LANES // 2, 2))
         low, high = tl.split(codes)
         pair = tl.arange(0, LANES // 2)
         row = i[:, None] * B + (pair // (C // 2))[None, :]
@@ -220,6 +245,7 @@ def quantise_blocks(
             ZERO_EXPONENT=ZERO_EXPONENTS[element],
             MIN_EXPONENT=MIN_EXPONENT,
             MARGIN_BITS=MARGIN_BITS,
+            FP8_LOSING=FP8_LOSING,
             num_warps=warps(blocks * lanes),
             **OPTIONS,
         )

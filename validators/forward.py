@@ -1,4 +1,4 @@
-"""Does a checkpoint still say what a fingerprint recorded? Needs the fingerprint, not its source."""
+"""Does a checkpoint say what a fingerprint recorded? Needs the fingerprint, not its source."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dsv4_quant.errors import Dsv4Error, NotANumberError
 from dsv4_quant.fingerprint.compare import Comparison, Step, compare
 from dsv4_quant.fingerprint.document import Fingerprint, Measured, describe_model
 from dsv4_quant.fingerprint.gates import Gate, begins, broken, choose_gate
+from dsv4_quant.fingerprint.make import known_digest
 from dsv4_quant.fingerprint.parse import read_fingerprint
-from dsv4_quant.fingerprint.record import Recording, known_digest, record
+from dsv4_quant.fingerprint.record import Recording, record
 from dsv4_quant.fingerprint.script import Script
 from dsv4_quant.fingerprint.suspects import suspects
 from dsv4_quant.progress import Progress
@@ -43,7 +44,9 @@ class Verdict:
         if self.gate is None or self.comparison is None:
             return f"no gate was applied: {self.why}"
         found = self.comparison
-        figures = [f"likeliest token {found.top1:.1%} of {len(found.spots)} spots"]
+        figures = []
+        if found.top1 is not None:
+            figures = [f"likeliest token {found.top1:.1%} of {found.clear} clear spots"]
         if found.kl is not None:
             figures.append(f"KL {found.kl:.2g} nats")
         if found.steps:
@@ -122,7 +125,7 @@ def _digest_findings(measured: Measured, ckpt: Checkpoint, gate: Gate) -> list[F
             f"value digest {here}",
             "By the manifest some number differs from the source's; the prompts need not reach it.",
             expected=f"value digest {measured.value_digest}",
-        )  # fmt: skip
+        )
     ]
 
 

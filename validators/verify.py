@@ -18,7 +18,8 @@ from dsv4_quant.errors import UsageError
 from dsv4_quant.hub import published_sha256
 from dsv4_quant.progress import NoProgress, Progress
 from dsv4_quant.validators.against import judge_against
-from dsv4_quant.validators.checksums import Claims, files_to_hash, judge_hashes, read_claims
+from dsv4_quant.validators.checksums import files_to_hash, judge_hashes
+from dsv4_quant.validators.claims import Claims, read_claims
 from dsv4_quant.validators.present import present_files
 from dsv4_quant.validators.report import LEVELS, Check, Finding, Level, Report, ordered
 from dsv4_quant.validators.structure import judge_structure
@@ -80,6 +81,7 @@ def judge(
     _check_request(level, against)
     began = time.monotonic()
     progress = progress or NoProgress()
+    has_bytes, has_values = LEVELS.index(level) >= 1, LEVELS.index(level) >= 2
     with ExitStack() as stack:
         other = None if against is None else stack.enter_context(Checkpoint.open(against))
         progress.stage("structure")
@@ -87,24 +89,21 @@ def judge(
         sizes, findings = present_files(subject.root)
         findings += judge_structure(subject, sizes)
         checks = [_structure_check(subject, time.monotonic() - began)]
-        work = Work(subject.root, sizes, progress)
-        claims = Claims()
+        work, claims = Work(subject.root, sizes, progress), Claims()
         if to_pin:
             work.to_hash = list(sizes)
-        elif level != "structure":
+        elif has_bytes:
             claims, wrong = read_claims(subject, published_sha256(subject.root))
             work.to_hash = files_to_hash(claims, sizes)
             findings += wrong
-        values = None
-        if level == "values":
-            values = _values_pass(subject, other, progress, stack)
-            findings += [] if other is None else judge_against(subject, other)
+        values = _values_pass(subject, other, progress, stack) if has_values else None
         progress.stage(level)
         work.run(values, workers or os.cpu_count() or 1)
-    if level != "structure":
+    if has_bytes:
         findings += [*work.findings, *judge_hashes(claims, sizes, work.hashes)]
         checks.append(work.check())
-    if level == "values":
+    if has_values:
+        findings += [] if other is None else judge_against(subject, other)
         wrong, more = _conclude(subject, values, claims)
         findings += wrong
         checks += more
@@ -119,6 +118,11 @@ def judge(
 def _check_request(level: str, against: str | Path | None) -> None:
     if level not in LEVELS:
         raise UsageError(f"No such level: {level}", hint=f"Levels: {', '.join(LEVELS)}.")
+    if level == "forward":
+        raise UsageError(
+            "The level forward compares with a fingerprint, and none was given",
+            hint="`dsv4-quant fingerprint` records one.",
+        )
     if against is not None and level != "values":
         raise UsageError(
             f"The level {level} reads no values to compare",

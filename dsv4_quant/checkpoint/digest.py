@@ -100,7 +100,7 @@ class LeafHasher:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             width, values = self._canonical(name, panel, start, stop, first_row)
-            yield (first_row + start) // step, width, blake3(memoryview(values).cast("B")).digest()
+            yield (first_row + start) // step, width, blake3(values.data.cast("B")).digest()
 
     def _canonical(
         self, name: str, panel: Tensor, start: int, stop: int, first_row: int

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dsv4_quant import strict_json
 from dsv4_quant.errors import HeaderError
@@ -49,8 +49,7 @@ _BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor in a file; ``start`` and ``end`` count from the first byte of the data."""
 
     dtype: str
@@ -120,9 +119,9 @@ def _entry(name: str, value: Any, path: Path | str) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         _fail(f"Unknown dtype {shown(dtype)}", path, name)
-    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+    if type(shape) is not list or len(shape) > MAX_DIMS or not _are_sizes(shape):
         _fail(f"The shape {shown(shape)} is not a list of sizes", path, name)
-    if not _are_sizes(offsets) or len(offsets) != 2:
+    if type(offsets) is not list or len(offsets) != 2 or not _are_sizes(offsets):
         _fail(f"data_offsets {shown(offsets)} are not [begin, end]", path, name)
     bits = prod(shape) * _BITS[dtype]
     if bits > 8 * MAX_SIZE or bits % 8 or offsets[1] - offsets[0] != bits // 8:
@@ -134,8 +133,11 @@ def _entry(name: str, value: Any, path: Path | str) -> Entry:
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_SIZE for v in value)
+def _are_sizes(values: list[Any]) -> bool:
+    """Without a loop of Python's own: this runs twice per tensor, 290,232 times for V4-Pro."""
+    if not values:
+        return True
+    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) <= MAX_SIZE
 
 
 def _check_name(name: str, path: Path | str) -> None:

@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv4_quant import strict_json
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.errors import ManifestError
 
 MANIFEST = "dsv4-manifest.json"
 SUMS = "SHA256SUMS"
 VERSION = 1
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20
+"""V4-Pro's is 12 MB."""
+MAX_VALUES = 2_000_000
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -107,9 +110,8 @@ def read_manifest(path: Path) -> Manifest:
     """Raises ManifestError when it cannot be read, or breaks its own rules."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ManifestError("The manifest is larger than 256 MiB", file=path)
-        raw = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-        return _parse(raw)
+            raise ManifestError("The manifest is larger than 64 MiB", file=path)
+        return _parse(strict_json.parse(path.read_bytes(), max_values=MAX_VALUES))
     except OSError as error:
         raise ManifestError(f"The manifest cannot be read: {error.strerror}", file=path) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -118,13 +120,6 @@ def read_manifest(path: Path) -> Manifest:
             file=path,
             hint="Make a new one with `dsv4-quant manifest`, if you trust the files.",
         ) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
 
 
 def _parse(raw: Any) -> Manifest:

@@ -37,12 +37,14 @@ class OutputFile:
         self._is_hashing = False
         self._lock = threading.Lock()
         self._flags = _DONT_CACHE
+        self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             if os.fstat(self._fd).st_size != size:
                 os.ftruncate(self._fd, size)
             _allocate(self._fd, size)
         except OSError as error:
+            self.close()
             raise _failed(error, path) from None
 
     def continue_from(self, start: int, sha: Any) -> None:
@@ -101,7 +103,8 @@ class OutputFile:
     def close(self) -> None:
         """Closes the descriptor; a write that comes too late cannot hit another file."""
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 def _allocate(fd: int, size: int) -> None:

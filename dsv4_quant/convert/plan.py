@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from dsv4_quant.catalogue import (
@@ -99,7 +99,7 @@ def make_plan(source: Checkpoint, request: Request) -> Plan:
     held = [
         (spec, tensor)
         for spec in source.specs.values()
-        for tensor in stored_tensors(replace(spec, format=catalogue.specs[spec.name].format),
+        for tensor in stored_tensors(spec._replace(format=catalogue.specs[spec.name].format),
                                      request.layout)
     ]  # fmt: skip
     files, places = _lay_out(held, catalogue, request)

@@ -12,4 +12,5 @@ served    what a served model said, as a fingerprint
 gates     bit, numeric, lossy: what each demands, and which one applies
 compare   a recorded fingerprint against a fresh one
 suspects  from the first streams that differ to the tensors to look at
+make      the whole way from a folder to a fingerprint; ``validators.forward`` is the way back
 """

@@ -14,9 +14,12 @@ import numpy as np
 from dsv4_quant.fingerprint.document import Fingerprint, Measured, Spot
 from dsv4_quant.fingerprint.record import Floats, Recording, log_sum_exp
 from dsv4_quant.fingerprint.script import Script
-from dsv4_quant.fingerprint.sketch import ROW_BYTES, Digest, distance
+from dsv4_quant.fingerprint.sketch import ROW_BYTES, Digest, Doubles, distance
 from dsv4_quant.fingerprint.suspects import Part, Row
 from dsv4_quant.fingerprint.watcher import Routes
+
+CLEAR = 1.0
+"""Nats by which the likeliest token must be ahead for its change to say anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Apart:
 
     prompt: int
     position: int
-    same_top: bool
+    same_top: bool | None
+    """Whether the likeliest token is the same; None where two are about as likely."""
     kl: float | None
     """Nats; None where only the order is known."""
     logit: float | None
@@ -68,9 +72,16 @@ class Comparison:
         return bool(self.steps) and all(step.is_equal for step in self.steps)
 
     @property
-    def top1(self) -> float:
-        """Part of the spots whose likeliest token is the same."""
-        return sum(spot.same_top for spot in self.spots) / len(self.spots)
+    def clear(self) -> int:
+        """How many spots have a token that is clearly the likeliest."""
+        return sum(spot.same_top is not None for spot in self.spots)
+
+    @property
+    def top1(self) -> float | None:
+        """Part of those at which it is the same."""
+        return (
+            sum(spot.same_top or False for spot in self.spots) / self.clear if self.clear else None
+        )
 
     @property
     def kl(self) -> float | None:
@@ -106,20 +117,19 @@ def compare(recorded: Fingerprint, fresh: Recording) -> Comparison:
 
 def _apart(prompt: int, position: int, spot: Spot, row: Floats, *, is_served: bool) -> Apart:
     """row: all logits of the fresh pass, ``[vocab_size]``."""
-    lse = log_sum_exp(row)
-    ids = np.array(spot.ids)
-    logit = None
+    ids, logits, lse = np.array(spot.ids), np.array(spot.logits), log_sum_exp(row)
+    logit = kl = None
     if not is_served:
-        logit = float(np.abs(row[ids] - np.array(spot.logits)).max())
-        logit = max(logit, abs(lse - spot.lse))
-    kl = None
+        logit = max(float(np.abs(row[ids] - logits).max()), abs(lse - spot.lse))
     if spot.logits:
-        theirs = np.array(spot.logits) - spot.lse
-        kl = divergence(theirs, row[ids].astype(np.float64) - lse)
-    return Apart(prompt, position, int(row.argmax()) == spot.ids[0], kl, logit)
+        kl = divergence(logits - spot.lse, row[ids].astype(np.float64) - lse)
+    known = logits if len(logits) > 1 else np.sort(row)[-2:][::-1]
+    is_clear = len(known) < 2 or known[0] - known[1] >= CLEAR
+    same_top = int(row.argmax()) == spot.ids[0] if is_clear else None
+    return Apart(prompt, position, same_top, kl, logit)
 
 
-def divergence(one: np.ndarray, other: np.ndarray) -> float:
+def divergence(one: Doubles, other: Doubles) -> float:
     """``KL(one || other)`` of some outcomes' log-probabilities, all further ones taken as one more.
 
     Never more than the divergence of the whole distributions.
@@ -170,8 +180,7 @@ def _rows(one: _Stage, other: _Stage, script: Script, routes: Routes) -> Iterato
     if one.part == "head" or one.layer is None:
         return
     places = [(prompt, place) for prompt, rows in enumerate(script.rows) for place in rows]
-    experts = np.concatenate(routes[one.layer]) if places else []
+    experts = np.concatenate(routes[one.layer]).tolist() if places else []
     for i, (prompt, position) in enumerate(places):
         part = slice(i * ROW_BYTES, (i + 1) * ROW_BYTES)
-        chosen = tuple(int(expert) for expert in experts[i])
-        yield Row(prompt, position, one.rows[part] != other.rows[part], chosen)
+        yield Row(prompt, position, one.rows[part] != other.rows[part], tuple(experts[i]))

@@ -129,5 +129,3 @@ def _lines(entries: Iterable[Any]) -> str:
 
 def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
-
-

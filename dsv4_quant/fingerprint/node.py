@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from dsv4_quant.strict_json import clip, shown
@@ -59,7 +60,7 @@ class Node:
     def places(self, length: int, count: int) -> tuple[int, ...]:
         """Up to ``count`` positions of range(length), ascending."""
         found = self.integers(0, length - 1, (0, count))
-        if any(b <= a for a, b in zip(found, found[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(found)):
             self.fail("is not in ascending order")
         return found
 

@@ -25,7 +25,7 @@ _HEAD = ("format", "version", "tool", "kind", "pass", "prompts")
 _MEASURED = (
     "machine", "model", "formats", "value_digest", "coverage", "experts_hit", "streams",
 )  # fmt: skip
-_LINE = r"[^\x00-\x1f\x7f]{0,200}"
+_LINE = r"[^\x00-\x1f\x7f]{0,400}"
 
 
 def read_fingerprint(path: Path) -> Fingerprint:
@@ -77,7 +77,8 @@ def _script(top: Node, is_served: bool) -> Script:
     for prompt in top["prompts"].items(1, MAX_PROMPTS):
         prompt.object(keys)
         tokens.append(prompt["tokens"].integers(*_TOKEN, (1, LONGEST)))
-        positions = [node["position"].value for node in map(_is_spot, prompt["spots"].items(0, SPOTS))]
+        said = map(_is_spot, prompt["spots"].items(0, SPOTS))
+        positions = [node["position"].value for node in said]
         spots.append(Node(positions, f"{prompt.where}.spots").places(len(tokens[-1]), SPOTS))
         rows.append(() if is_served else prompt["rows"].places(len(tokens[-1]), ROWS))
     if not any(spots) or sum(map(len, spots)) > SPOTS or sum(map(len, rows)) > ROWS:
@@ -119,7 +120,9 @@ def _measured(top: Node, prompts: list[Node], script: Script) -> Measured:
     digest = top["value_digest"].text("[0-9a-f]{64}") if top.has("value_digest") else None
     return Measured(
         machine=Machine(
-            *(machine[key].text(_LINE) for key in ("machine", "cpu", "torch")),
+            machine["machine"].text(_LINE),
+            machine["cpu"].text(_LINE),
+            machine["torch"].text(_LINE),
             machine["revision"].integer(1, _MANY),
         ),
         model=top["model"].value,
@@ -188,5 +191,5 @@ def _coverage(node: Node) -> Coverage:
         experts_hit=node["experts_hit"].integers(0, _MANY, (1, 1100)),
         windows={int(key[:9]): windows[key].integer(0, _MANY) for key in windows.value},
         index_topk=node["index_topk"].integer(1, _MANY) if node.has("index_topk") else None,
-        missed=tuple(entry.text(r"[^\x00-\x1f\x7f]{0,400}") for entry in node["missed"].items(0, 20)),
+        missed=tuple(entry.text(_LINE) for entry in node["missed"].items(0, 20)),
     )

@@ -76,9 +76,7 @@ def _tables(ckpt: Source) -> Iterator[Ids]:
         name = f"layers.{layer}.ffn.gate.tid2eid"
         table = ckpt.read(name).codes.astype(np.int64, copy=False)
         if not 0 <= int(table.min()) <= int(table.max()) < experts:
-            raise UnreadableError(
-                "A token is routed to an expert that does not exist", tensor=name
-            )
+            raise UnreadableError("A token is routed to an expert that does not exist", tensor=name)
         yield table + layer * experts
 
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant import __version__
-from dsv4_quant.checkpoint import Checkpoint
-from dsv4_quant.checkpoint.digest import model_digest
-from dsv4_quant.checkpoint.digesting import digest_tensors
-from dsv4_quant.checkpoint.manifest import MANIFEST, read_manifest
 from dsv4_quant.errors import NotANumberError
 from dsv4_quant.fingerprint.coverage import coverage
 from dsv4_quant.fingerprint.document import TOP, Fingerprint, Measured, Spot, describe_model
@@ -71,9 +66,7 @@ def record(
     if not all(np.isfinite(one.norm) for one in (*digests, *mtp_digests)):
         raise NotANumberError("The logits hold NaN or infinity, the streams do not: see the head")
     config = ckpt.config
-    kept = tuple(
-        prompt[list(places)] for prompt, places in zip(logits, script.spots, strict=True)
-    )
+    kept = tuple(prompt[list(places)] for prompt, places in zip(logits, script.spots, strict=True))
     measured = Measured(
         machine=Machine.here(),
         model=describe_model(config),
@@ -113,19 +106,3 @@ def formats(ckpt: Source) -> dict[str, str]:
         if spec.kind != "fixed":
             found.setdefault(spec.kind, str(spec.format))
     return dict(sorted(found.items()))
-
-
-def known_digest(root: Path) -> str | None:
-    """The value digest that a checkpoint's manifest states; None without one.
-
-    Raises ManifestError where there is one that cannot be read.
-    """
-    path = root / MANIFEST
-    return read_manifest(path).value_digest if path.exists() else None
-
-
-def compute_digest(ckpt: Checkpoint, progress: Progress | None = None) -> str:
-    """The value digest, from every byte of the checkpoint."""
-    if progress is not None:
-        progress.stage("value digest")
-    return model_digest(digest_tensors(ckpt, progress=progress))

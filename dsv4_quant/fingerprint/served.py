@@ -20,8 +20,8 @@ That is enough for the lossy gate. ``dsv4-quant fingerprint --import FILE`` take
 
 tokens    ids of the whole text as the model saw it: the prompt with its chat template, and then
           what it answered. No text is tokenised here.
-position  counted from 0: ``top`` is what the model said would follow tokens[0] ... tokens[position].
-          So the last prompt token's position holds the first token of the answer.
+position  counted from 0: ``top`` is what the model said would follow tokens 0 to position. So the
+          position of the prompt's last token is where the answer's first token is foretold.
 top       the 1 to 20 likeliest ids, best first: [id, log-probability] (natural logarithm, without
           temperature), or bare ids where only the order is known.
 
@@ -32,6 +32,7 @@ log-probabilities say nothing: only the order of these ids is kept, and the firs
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from dsv4_quant.fingerprint.document import TOP, Fingerprint, Spot
 from dsv4_quant.fingerprint.node import Node
 from dsv4_quant.fingerprint.prompts import LONGEST
 from dsv4_quant.fingerprint.record import TOOL
-from dsv4_quant.fingerprint.script import MAX_PROMPTS, SPOTS, Arithmetic, Script
+from dsv4_quant.fingerprint.script import MAX_PROMPTS, SPOTS, Activations, Arithmetic, Script
 
 FORMAT, VERSION = "dsv4-served", 1
 MAX_BYTES = 4 << 20
@@ -53,16 +54,19 @@ SLACK = 1e-3
 """By how much probabilities may exceed 1 together: servers round."""
 
 
-def import_served(path: Path, *, arithmetic: Arithmetic = "exact") -> Fingerprint:
+def import_served(
+    path: Path, *, arithmetic: Arithmetic = "exact", activations: Activations = "float32"
+) -> Fingerprint:
     """Reads the JSON above. Raises UnreadableError that says where it is wrong.
 
     Args:
-        arithmetic: what a checkpoint will be run in when it is compared.
+        arithmetic, activations: what a checkpoint will be run in when it is compared.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-        return parse_served(strict_json.parse(path.read_bytes(), max_values=500_000), arithmetic)
+        raw = strict_json.parse(path.read_bytes(), max_values=500_000)
+        return parse_served(raw, arithmetic, activations)
     except OSError as error:
         raise UnreadableError(f"The file cannot be read: {error.strerror}", file=path) from None
     except ValueError as error:
@@ -73,7 +77,9 @@ def import_served(path: Path, *, arithmetic: Arithmetic = "exact") -> Fingerprin
         ) from None
 
 
-def parse_served(raw: Any, arithmetic: Arithmetic = "exact") -> Fingerprint:
+def parse_served(
+    raw: Any, arithmetic: Arithmetic = "exact", activations: Activations = "float32"
+) -> Fingerprint:
     """The JSON object -> Fingerprint. Raises ValueError."""
     top = Node(raw)
     top.object(("format", "version", "prompts"), ("source",))
@@ -92,7 +98,7 @@ def parse_served(raw: Any, arithmetic: Arithmetic = "exact") -> Fingerprint:
         spots.append(tuple(_spot(spot["top"]) for spot in said))
     if sum(map(len, places)) > SPOTS:
         top["prompts"].fail(f"have more than {SPOTS} spots together")
-    script = Script(tuple(prompts), tuple(places), ((),) * len(prompts), arithmetic)
+    script = Script(tuple(prompts), tuple(places), ((),) * len(prompts), arithmetic, activations)
     source = top["source"].text(r"[^\x00-\x1f\x7f]{0,200}") if top.has("source") else None
     return Fingerprint(TOOL, script, tuple(spots), measured=None, source=source)
 
@@ -108,7 +114,7 @@ def _spot(top: Node) -> Spot:
     said = tuple(pair[1].number() for pair in pairs)
     if not said or min(said) <= PLACEHOLDER or said == (0.0,):
         return Spot(ids, ())
-    if any(b > a for a, b in zip(said, said[1:], strict=False)):
+    if any(b > a for a, b in pairwise(said)):
         top.fail("is not sorted, likeliest first")
     if said[0] > SLACK or sum(map(math.exp, said)) > 1 + SLACK:
         top.fail("holds log-probabilities of more than 1 together; are they logits?")

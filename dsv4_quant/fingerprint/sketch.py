@@ -59,16 +59,14 @@ def digest(rows: Floats) -> Digest:
         some = rows[start : start + step]
         _add(some, stream.random_raw(len(some) * words).reshape(-1, words), sums, squares)
     return Digest(
-        hash=str(blake3(memoryview(rows).cast("B")).hexdigest(length=16)),
+        hash=str(blake3(rows.reshape(-1).view(np.uint8).data).hexdigest(length=16)),
         norm=_short(math.sqrt(float(np.cumsum(squares)[-1]))),
         sketch=tuple(map(_short, np.cumsum(sums.reshape(-1, BUCKETS), axis=0)[-1].tolist())),
     )
 
 
 @kernel
-def _add(
-    rows: Floats, signs: NDArray[np.uint64], sums: Doubles, squares: Doubles
-) -> None:
+def _add(rows: Floats, signs: NDArray[np.uint64], sums: Doubles, squares: Doubles) -> None:
     """``sums[i] += sign[t, i] * rows[t, i]`` and ``squares[i] += rows[t, i]**2``, t ascending."""
     columns = rows.shape[1]
     for t in range(rows.shape[0]):

@@ -30,6 +30,11 @@ squares, folded by halves, is off by ``log2(n) * 2**-53`` of itself at most, whi
 no rounding of sums makes a block worse than under MAX."""
 
 
+FP8_LOSING = 240.0
+"""An FP8 block with such a value, in units of 2**s_max, keeps s_max (:func:`candidates`): nine in
+ten do, and need not try."""
+
+
 class ScaleRule(Enum):
     """Which power of two a block takes.
 
@@ -65,8 +70,10 @@ def candidates(rule: ScaleRule, element: Element, values: int) -> int:
     grid point below it. So k needs ``(values - 1) / 16 > (3 - t)**2``, which for blocks of 32
     leaves s_max and s_max - 1.
 
-    FP8: likewise a is above 224 and its square grows by ``112**2`` or more from k = 2 on, while
-    others gain ``2**-20`` each, in the subnormals: no block is large enough for k = 2.
+    FP8: likewise a is above 224, its square grows by ``112**2`` or more from k = 2 on, and others
+    gain ``2**-20`` each, in the subnormals: no block is large enough for k = 2. For k = 1 the
+    square grows by ``(a - 224)**2`` less that of a's error under s_max, which is 256 or more from
+    a = 240 on: a block that holds a value of :data:`FP8_LOSING` * S has nothing to gain either.
     """
     if rule is ScaleRule.MAX:
         return 1

@@ -67,7 +67,7 @@ class Arithmetic:
         """Keys ``[..., h]`` as they are cached: ``deployed`` rounds all but the rope dims."""
         if not self.deployed:
             return key
-        plain, rotated = key.split([key.shape[-1] - rope_dim, rope_dim], -1)
+        plain, rotated = key[..., :-rope_dim], key[..., -rope_dim:]
         return torch.cat((self.round(_to_fp8_and_back(plain, KEY_GROUP)), rotated), -1)
 
     def store_index(self, x: Tensor) -> Tensor:

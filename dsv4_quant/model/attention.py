@@ -73,7 +73,7 @@ class Attention:
         """Goes on by one chunk of positions: ``[t, d]`` -> ``[t, d]``."""
         a, c = self._a, self._config
         qr = a.round(rms_norm(a.linear(x, self._wq_a), self._q_norm, c.rms_norm_eps))  # [t, q]
-        q = a.linear(qr, self._wq_b).unflatten(-1, (-1, c.head_dim))  # [t, n, h]
+        q = a.linear(qr, self._wq_b).view(len(x), -1, c.head_dim)  # [t, n, h]
         q = a.round(rms_norm(q, None, c.rms_norm_eps))
         q = a.round(self._rope(q, chunk.positions))
         kv = a.round(rms_norm(a.linear(x, self._wkv), self._kv_norm, c.rms_norm_eps))  # [t, h]
@@ -116,21 +116,17 @@ class Attention:
                 masks.append(torch.arange(len(state.compressed.entries)) < allowed[:, None])
                 continue
             assert state.index is not None
-            self._indexer.compressor.extend(
-                state.index, index_candidates[rows], index_logits[rows]
-            )
+            self._indexer.compressor.extend(state.index, index_candidates[rows], index_logits[rows])
             keys = state.index.entries
             masks.append(self._indexer.choose(index_q[rows], by_head[rows], keys, allowed))
         return masks
 
     def _mix_groups(self, o: Tensor) -> Tensor:
         """Group i of the heads goes through its own o rows of wo_a: ``[t, n, h] -> [t, g * o]``."""
-        groups = o.flatten(1).unflatten(1, (self._config.o_groups, -1))  # [t, g, n * h / g]
+        groups = o.reshape(len(o), self._config.o_groups, -1)  # [t, g, n * h / g]
         o_rank = self._config.o_lora_rank
         mixed = [
-            self._a.linear(
-                groups[:, i], self._wo_a, (i * o_rank, (i + 1) * o_rank), quantise=False
-            )
+            self._a.linear(groups[:, i], self._wo_a, (i * o_rank, (i + 1) * o_rank), quantise=False)
             for i in range(self._config.o_groups)
         ]
         return torch.cat(mixed, -1)

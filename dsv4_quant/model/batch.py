@@ -45,12 +45,12 @@ class Chunk:
 class Batch:
     """Prompts whose last ``decode`` positions are computed one at a time."""
 
-    def __init__(self, prompts: list[list[int]], decode: int, chunk: int = CHUNK) -> None:
+    def __init__(self, prompts: list[list[int]], decode: int) -> None:
         self.lengths = [len(prompt) for prompt in prompts]
         self.tokens = torch.tensor([token for prompt in prompts for token in prompt])  # [t]
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         self._starts = [end - length for end, length in zip(ends, self.lengths, strict=True)]
-        self._decode, self._chunk = decode, chunk
+        self._decode = decode
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,7 +63,7 @@ class Batch:
         """Every position once, in an order in which each comes after all before it."""
         prefilled = [max(length - self._decode, 0) for length in self.lengths]
         pending: list[tuple[int, int, int]] = []
-        room = self._chunk
+        room = CHUNK
         for prompt, stop in enumerate(prefilled):
             start = 0
             while start < stop:
@@ -72,7 +72,7 @@ class Batch:
                 start, room = start + count, room - count
                 if not room:
                     yield self._make(pending)
-                    pending, room = [], self._chunk
+                    pending, room = [], CHUNK
         if pending:
             yield self._make(pending)
         for step in range(max(map(int.__sub__, self.lengths, prefilled), default=0)):

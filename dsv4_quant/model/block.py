@@ -68,9 +68,7 @@ def _attention(h: Tensor, layer: int, weights: Weights, set_: Setting) -> None:
         h[chunk.rows] = connection.write(before, attention(x, chunk, states), post, comb)
 
 
-def _experts(
-    h: Tensor, layer: int, weights: Weights, then: list[str], set_: Setting
-) -> Routing:
+def _experts(h: Tensor, layer: int, weights: Weights, then: list[str], set_: Setting) -> Routing:
     config, a = set_.config, set_.arithmetic
     gate = Gate(weights.under("ffn.gate."), layer, config, a)
     norm = weights.vector("ffn_norm.weight")  # [d]
@@ -86,9 +84,7 @@ def _experts(
         set_.observer.routed(layer, prompt, routing.experts[set_.batch.rows(prompt)])
 
     experts = weights.under("ffn.experts.")
-    wanted = [
-        f"{experts.prefix}{e}.{w}.weight" for e in routing.hit() for w in ("w1", "w2", "w3")
-    ]
+    wanted = [f"{experts.prefix}{e}.{w}.weight" for e in routing.hit() for w in ("w1", "w2", "w3")]
     weights.reader.announce(wanted + then)
     shared = shared_expert(x, weights.under("ffn.shared_experts."), a)
     made = a.round(routed_experts(x, routing, experts, config, a) + shared)  # [t, d]

@@ -94,9 +94,8 @@ class Compressor:
 
     def _pool(self, candidates: Tensor, logits: Tensor) -> Tensor:
         """``sum over slots of softmax(z) * c``, per channel: ``[n, h]``."""
-        windows = (-1, self._ratio)
-        c, z = candidates.unflatten(0, windows), logits.unflatten(0, windows)  # [n, r, c * h]
-        z = z + self._ape
+        shape = (-1, *self._ape.shape)
+        c, z = candidates.view(shape), logits.view(shape) + self._ape  # [n, r, c * h]
         if self._overlaps:
             c, z = _overlap(c), _overlap(z)  # [n, 2r, h]
         return sum_halves(softmax(z, 1) * c, 1)

@@ -19,10 +19,11 @@ reaches about 0.9 of what MKL does on one AVX-512 core, at any number of rows.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -63,10 +64,16 @@ def _sum_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
 
+def _declared(module: Any, name: str) -> Any:
+    """LLVM's own function of three vectors; declared once per module."""
+    known = module.globals.get(name)
+    return known or ir.Function(module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), name)
+
+
 def _tile(rows: int, columns: int) -> Any:
     """A function that adds ``rows x columns`` dot products of one block to y."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def add_products(
         _: Any, x: Any, w: Any, y: Any, count: Any, x_step: Any, w_step: Any, y_step: Any
     ) -> Any:
@@ -77,9 +84,7 @@ def _tile(rows: int, columns: int) -> Any:
             x, w, y, count, x_step, w_step, y_step = args
             pointer = _F32.as_pointer()
             x, w, y = (builder.inttoptr(address, pointer) for address in (x, w, y))
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
-            )
+            fma = _declared(builder.module, f"llvm.fma.v{LANES}f32")
 
             def at(base: Any, row: int, step: Any) -> Any:
                 return builder.gep(base, [builder.mul(_I64(row), step)])
@@ -91,9 +96,10 @@ def _tile(rows: int, columns: int) -> Any:
             x_rows = [at(x, i, x_step) for i in range(rows)]
             w_rows = [at(w, j, w_step) for j in range(columns)]
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
-            sums = [
-                [cgutils.alloca_once_value(builder, zero) for _ in w_rows] for _ in x_rows
-            ]  # LLVM turns each into one register
+            with builder.goto_entry_block():  # LLVM turns each into one register
+                sums = [[builder.alloca(_VECTOR) for _ in w_rows] for _ in x_rows]
+            for one in itertools.chain(*sums):
+                builder.store(zero, one)
             with cgutils.for_range_slice(builder, _I64(0), count, _I64(LANES)) as (k, _):
                 x_values = [load(start, k) for start in x_rows]
                 for j, start in enumerate(w_rows):

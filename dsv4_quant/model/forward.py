@@ -107,7 +107,7 @@ def forward(
 
 
 def _by_prompt(rows: Tensor, batch: Batch) -> list[Tensor]:
-    return list(rows.split(batch.lengths))
+    return [rows[batch.rows(prompt)] for prompt in range(len(batch.lengths))]
 
 
 def _dense_names(ckpt: Source) -> dict[int, list[str]]:

@@ -41,7 +41,8 @@ def sum_halves(x: Tensor, axis: int) -> Tensor:
     """
     while (length := x.shape[axis]) > 1:
         half = length // 2
-        first, middle, second = x.split([half, length % 2, half], axis)
+        first, second = x.narrow(axis, 0, half), x.narrow(axis, length - half, half)
+        middle = x.narrow(axis, half, length % 2)
         x = torch.cat((first + second, middle), axis)
     return x.squeeze(axis)
 

@@ -23,12 +23,10 @@ HEAD_ROWS = 8192
 
 def embed(tokens: Tensor, reader: Reader) -> Tensor:
     """Token ids ``[t]`` -> ``[t, d]``."""
-    unique, where = tokens.unique(return_inverse=True)
-    rows = [
-        torch.from_numpy(reader.source.read_rows("embed.weight", row, row + 1).decode())[0]
-        for row in unique.tolist()
-    ]
-    return torch.stack(rows)[where]
+    ids: list[int] = tokens.tolist()
+    read = reader.source.read_rows
+    rows = {i: torch.from_numpy(read("embed.weight", i, i + 1).decode())[0] for i in set(ids)}
+    return torch.stack([rows[i] for i in ids])
 
 
 def logits(h: Tensor, weights: Weights, config: ModelConfig, a: Arithmetic) -> Tensor:

@@ -40,7 +40,7 @@ class Indexer:
     def ask(self, x: Tensor, qr: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[t, i, j]`` and the heads' weights ``[t, i]``."""
         c = self._config
-        q = self._a.linear(qr, self._wq_b).unflatten(-1, (c.index_n_heads, -1))  # [t, i, j]
+        q = self._a.linear(qr, self._wq_b).view(len(x), c.index_n_heads, -1)  # [t, i, j]
         q = self._rotate(self._a.round(self._rope(q, positions)))
         scale = c.index_head_dim**-0.5 * c.index_n_heads**-0.5
         return q, self._a.round(self._a.linear(x, self._weights_proj) * scale)

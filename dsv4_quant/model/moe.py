@@ -40,28 +40,18 @@ class Routing:
 
     def hit(self) -> list[int]:
         """Experts that any token goes to, ascending."""
-        found: list[int] = self.experts.unique().tolist()
-        return found
+        return sorted(set(self.experts.flatten().tolist()))
 
 
 class Gate:
     """One layer's router. Args: weights: the tensors under ``ffn.gate.``."""
 
-    def __init__(
-        self, weights: Weights, layer: int, config: ModelConfig, a: Arithmetic
-    ) -> None:
+    def __init__(self, weights: Weights, layer: int, config: ModelConfig, a: Arithmetic) -> None:
         self._a, self._config = a, config
         self._weight = weights.matrix("weight")  # [e, d]
         is_hash = layer < min(config.num_hash_layers, config.num_hidden_layers)
-        self._by_token = weights.table("tid2eid") if is_hash else None  # [vocab_size, k]
+        self._by_token = _expert_table(weights, config) if is_hash else None  # [vocab_size, k]
         self._bias = None if is_hash else weights.vector("bias")  # [e]
-        if self._by_token is not None and not 0 <= int(self._by_token.min()) <= int(
-            self._by_token.max()
-        ) < config.n_routed_experts:
-            raise UnreadableError(
-                "A token is routed to an expert that does not exist",
-                tensor=f"{weights.prefix}tid2eid",
-            )
 
     def __call__(self, x: Tensor, tokens: Tensor) -> Routing:
         """x ``[t, d]`` and token ids ``[t]``."""
@@ -70,12 +60,22 @@ class Gate:
         if self._by_token is not None:
             experts = self._by_token[tokens]  # [t, k]
         else:
+            assert self._bias is not None
             order = (scores + self._bias).sort(dim=-1, descending=True, stable=True).indices
             experts = order[:, : c.num_experts_per_tok]  # of equal scores the lower id goes first
         weights = scores.gather(-1, experts)  # [t, k]
         if c.scoring_func != "softmax":
             weights = weights / sum_halves(weights, -1)[:, None]
         return Routing(experts, weights * c.routed_scaling_factor)
+
+
+def _expert_table(weights: Weights, config: ModelConfig) -> Tensor:
+    table = weights.table("tid2eid")
+    if not 0 <= int(table.min()) <= int(table.max()) < config.n_routed_experts:
+        raise UnreadableError(
+            "A token is routed to an expert that does not exist", tensor=f"{weights.prefix}tid2eid"
+        )
+    return table
 
 
 def routed_experts(
@@ -92,13 +92,13 @@ def routed_experts(
     out = torch.zeros_like(x)
     for expert in routing.hit():
         w1, w2, w3 = (weights.matrix(f"{expert}.{w}.weight") for w in ("w1", "w2", "w3"))
-        slots, rows = (routing.experts.T == expert).nonzero(as_tuple=True)  # slot by slot
+        slots, rows = routing.experts.T.eq(expert).nonzero(as_tuple=True)  # slot by slot
         given = x[rows]  # [t', d]
         gate = a.linear(given, w1).clamp_max(config.swiglu_limit)  # [t', f]
         up = a.linear(given, w3).clamp(-config.swiglu_limit, config.swiglu_limit)
         hidden = silu(gate) * up * routing.weights[rows, slots, None]
         made = a.linear(a.round(hidden), w2)  # [t', d]
-        for slot in slots.unique():  # a table may name an expert twice for one token
+        for slot in sorted(set(slots.tolist())):  # a table may name an expert twice for one token
             out[rows[slots == slot]] += made[slots == slot]
     return out
 

@@ -37,7 +37,7 @@ class Rope:
         cos, sin = self._cos[positions].view(shape), self._sin[positions].view(shape)
         if inverse:
             sin = -sin
-        plain, rotated = x.split([x.shape[-1] - self.dim, self.dim], -1)
+        plain, rotated = x[..., : -self.dim], x[..., -self.dim :]
         even, odd = rotated[..., 0::2], rotated[..., 1::2]  # [t, ..., c / 2]
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
         return torch.cat((plain, turned.flatten(-2)), -1)

@@ -12,7 +12,8 @@ from dsv4_quant.config import ModelConfig
 from dsv4_quant.formats.blocks import Tensor as Weight
 from dsv4_quant.kernels.ops import hc_split_sinkhorn
 from dsv4_quant.model.arithmetic import Arithmetic
-from dsv4_quant.model.functions import dot_rows, sigmoid
+from dsv4_quant.model.functions import sigmoid
+from dsv4_quant.model.linear import dot_rows
 from dsv4_quant.model.weights import Weights
 
 
@@ -73,7 +74,7 @@ def _mixes(h: Tensor, fn: Weight, config: ModelConfig, a: Arithmetic) -> Tensor:
 
 
 def _weighted_sum(by: Tensor, h: Tensor) -> Tensor:
-    """``sum_i by[i] * h[i]`` in the order of the streams: ``[t, s]``, ``[t, s, d]`` -> ``[t, d]``."""
+    """``sum_i by[i] * h[i]``, first stream first: ``[t, s]`` and ``[t, s, d]`` -> ``[t, d]``."""
     total = by[:, 0, None] * h[:, 0]
     for i in range(1, h.shape[1]):
         total += by[:, i, None] * h[:, i]

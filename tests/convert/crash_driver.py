@@ -1,7 +1,8 @@
 """Runs conversions in children that can be made to fail at any call to the system.
 
 A job comes as one JSON object per line on stdin, its outcome goes as one line to stdout. Each job
-runs in a fork of this process, so that the imports are paid once. A job's fault names the number
+runs in a fork of this process, so that imports and compiled kernels are paid once; a job with
+``here`` runs in the process itself, and warms them. A job's fault names the number
 of a call (of those in CALLS, counted over all threads) and what happens instead of it:
 
 kill       SIGKILL
@@ -47,8 +48,15 @@ class Faults:
         self.unsynced: dict[str, list[tuple[int, int]]] = {}
         self.renames: list[tuple[str, str, str | None]] = []
         self.real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CALLS}
+
+    def __enter__(self) -> Faults:
         for name in CALLS:
             setattr(os, name, self.standing_for(name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, call in self.real.items():
+            setattr(os, name, call)
 
     def standing_for(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -129,13 +137,13 @@ class Faults:
             os.truncate(path, chance.randrange(Path(path).stat().st_size + 1))
         for _ in range(chance.randrange(len(self.renames) + 1)):
             source, target, backup = self.renames.pop()
-            os.rename(target, source)
+            Path(target).rename(source)
             if backup:
-                os.rename(backup, target)
+                Path(backup).rename(target)
 
 
 def path_of(fd: int) -> str:
-    return os.readlink(f"/proc/self/fd/{fd}")
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
@@ -143,18 +151,18 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     stream.CUT_BYTES, stream.BATCH_BYTES = job["cut"], 1 << 14
     stream.cuts.__defaults__ = (job["cut"],)
     budget.PANEL_VALUES = budget.LEAST_VALUES = 1 << 16
-    faults = Faults(job.get("fault", {}))
-    try:
-        report = convert(
-            job["src"],
-            job["out"],
-            Request(*job["request"]),
-            workers=2,
-            overwrite=job.get("overwrite", False),
-        )
-        outcome: dict[str, Any] = {"resumed": report.resumed_bytes, "bytes": report.bytes}
-    except (Dsv4Error, KeyboardInterrupt) as error:
-        outcome = {"error": type(error).__name__, "text": str(error)}
+    with Faults(job.get("fault", {})) as faults:
+        try:
+            report = convert(
+                job["src"],
+                job["out"],
+                Request(*job["request"]),
+                workers=2,
+                overwrite=job.get("overwrite", False),
+            )
+            outcome: dict[str, Any] = {"resumed": report.resumed_bytes, "bytes": report.bytes}
+        except (Dsv4Error, KeyboardInterrupt) as error:
+            outcome = {"error": type(error).__name__, "text": str(error)}
     return {**outcome, "calls": faults.calls}
 
 
@@ -171,6 +179,8 @@ def child(job: dict[str, Any], pipe: int) -> None:
 
 def supervise(job: dict[str, Any]) -> dict[str, Any]:
     """Forks a child for a job and waits for it; kills it after ``job["seconds"]`` if given."""
+    if job.get("here"):
+        return perform(job)
     aside = Path(job["out"]).parent / "aside"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()

@@ -23,6 +23,7 @@ class Altered:
 
     def __init__(self, ckpt: Checkpoint, alter: Alteration) -> None:
         self._ckpt, self._alter = ckpt, alter
+        self._whole: dict[str, Tensor] = {}
 
     @property
     def root(self) -> Path:
@@ -40,7 +41,9 @@ class Altered:
         return self._alter(name, self._ckpt.read(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        whole = self.read(name)
+        if name not in self._whole:
+            self._whole[name] = self.read(name)
+        whole = self._whole[name]
         held = self._ckpt.read_rows(name, start, stop)
         scales = whole.scales
         if scales is not None and whole.format.block is not None:

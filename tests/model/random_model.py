@@ -105,16 +105,12 @@ def _middle(name: str) -> float:
 
 def _spread(spec: TensorSpec) -> float:
     name = spec.name
-    if len(spec.shape) == 1:
-        return (
-            {"k": 1.0, "s": 0.3}.get(name[-1], 0.2)
-            if "attn_sink" in name or "bias" in name
-            else 0.2
-        )
-    if name == "embed.weight" or name.endswith("ape"):
+    if name.endswith(("attn_sink", "ape")) or name == "embed.weight":
         return 1.0
+    if len(spec.shape) == 1:
+        return 0.2
     damped = 0.3 if name.endswith(("w2.weight", "wo_b.weight")) else 1.0
-    return damped * spec.shape[1] ** -0.5
+    return damped * float(spec.shape[1]) ** -0.5
 
 
 def decoded(source: MemorySource) -> dict[str, torch.Tensor]:

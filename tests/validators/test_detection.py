@@ -244,8 +244,10 @@ right one: these lines say **not found**.
 
 ## Cost
 
-Seconds are the disk's: structure takes seconds at any size; checksums run at SHA-256's speed and
-values at about the disk's, on every core.
+What each level reads of the tiny checkpoint stands below. In CPU seconds, on one core of the
+machine of the project's tests (2026-11): structure 50 microseconds per tensor (4 s for
+V4-Pro-0813), checksums 0.7 s per GB, values 1.2 s per GB, and --against as much again for the other
+checkpoint. Work is spread over all cores, and no level held more than 300 MB.
 """
 
 ROWS = [

@@ -19,7 +19,7 @@ LARGEST = {"fp4": 6.0, "fp8": 448.0}
 def plainly(panel: Tensor) -> dict[str, int]:
     """Dead, saturated and slack blocks, by the sentences of the module's docstring."""
     assert panel.format.block is not None
-    b, c = panel.format.block
+    b, c = panel.format.block[0], min(panel.format.block[1], panel.shape[1])
     kind = panel.format.kind
     if kind == "fp4":
         values = e2m1.VALUES[e2m1.unpack(panel.codes)]

@@ -261,3 +261,8 @@ def test_the_judge_never_loads_torch_or_the_converter(sound: Sound) -> None:
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=60)
+
+
+def test_the_forward_level_needs_a_fingerprint(sound: Sound) -> None:
+    with pytest.raises(UsageError, match="fingerprint"):
+        verify(sound("fp4"), "forward")
