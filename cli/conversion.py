@@ -44,10 +44,6 @@ Gpus = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its needs; write nothing.")
 ]
-Workers = Annotated[
-    int | None,
-    typer.Option("--workers", metavar="N", min=1, max=256, help="Threads; one per core if unsaid."),
-]
 MaxMemory = Annotated[
     int,
     typer.Option(
@@ -124,7 +120,8 @@ def describe(report: ConvertReport) -> str:
     """A finished conversion for people."""
     manifest = report.manifest
     rate = report.bytes / max(report.seconds, 1e-9)
-    again = f" ({size(report.resumed_bytes)} of it by an earlier run)" if report.resumed_bytes else ""
+    resumed = report.resumed_bytes
+    again = f" ({size(resumed)} of it by an earlier run)" if resumed else ""
     lines = [
         f"{report.out}: {size(report.bytes)}{again} in {duration(report.seconds)},"
         f" {size(rate)}/s, {len(manifest.tensors):,} weights in {manifest.layout} layout",

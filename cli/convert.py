@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.cli import conversion
-from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src, Workers
-from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src
+from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
 from dsv4_quant.convert.request import Request
 from dsv4_quant.errors import UsageError
 
@@ -78,9 +78,7 @@ def command(
     )  # fmt: skip
 
 
-def make_request(
-    gpus: int | None, layout: str | None, experts: Experts, dense: Dense
-) -> Request:
+def make_request(gpus: int | None, layout: str | None, experts: Experts, dense: Dense) -> Request:
     """The request that the options make; --gpus implies mp, and neither means mp for one GPU."""
     if layout == "hf":
         if gpus is not None:

@@ -102,7 +102,7 @@ class Loop:
         self._show(f"layout {found.layout}, experts {found.experts}, dense {found.dense}")
         assert found.split is not None
         for held in found.split.per_gpu:
-            self._show(f"each of 2 GPUs would hold {size(held.bytes)} with experts in {held.experts}")
+            self._show(f"each of 2 GPUs would hold {size(held.bytes)}, experts in {held.experts}")
         self.facts["source"] = {"tensors": found.tensors, "bytes": found.bytes}
 
     def convert(self) -> None:

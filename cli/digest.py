@@ -10,10 +10,9 @@ from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.digesting import digest_tensors
 from dsv4_quant.cli.failure import report
-from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
-from dsv4_quant.cli.reading import At, Workers
 from dsv4_quant.errors import NotANumberError
 from dsv4_quant.hub import resolve
 

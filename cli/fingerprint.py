@@ -20,6 +20,7 @@ from dsv4_quant.fingerprint.document import Fingerprint, Measured
 from dsv4_quant.fingerprint.file import to_json
 from dsv4_quant.fingerprint.make import make_fingerprint
 from dsv4_quant.fingerprint.served import import_served
+from dsv4_quant.hub import resolve
 
 
 def command(
@@ -27,8 +28,12 @@ def command(
         Path, typer.Option(metavar="F.json", callback=target, help="The file to write.")
     ],
     path: Annotated[
-        Path | None,
-        typer.Argument(metavar="[PATH]", help="A checkpoint's folder. Not with --import."),
+        str | None,
+        typer.Argument(
+            metavar="[PATH]",
+            help="A checkpoint's folder, or a Hugging Face id (owner/name@revision). Not with"
+            " --import.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -89,7 +94,7 @@ def command(
         given = None if prompts is None else read_tokens(prompts)
         with shown(quiet=quiet) as progress:
             made = make_fingerprint(
-                path, given,
+                resolve(path, progress=progress), given,
                 arithmetic=arithmetic.value, activations=activations.value,
                 digest=digest, threads=threads, progress=progress,
             )  # fmt: skip

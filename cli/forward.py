@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.cli.appear import appearing, check_room, target
-from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.options import At, Debug, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.tables import duration, size
 from dsv4_quant.cli.tokens import read_tokens
+from dsv4_quant.hub import resolve
 from dsv4_quant.model import Observer, Result, forward
 from dsv4_quant.progress import Progress
 
@@ -66,7 +67,7 @@ class Told(Observer):
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")],
+    path: At,
     tokens: Annotated[
         Path,
         typer.Option(metavar="T.json", help="Prompts: a JSON list of lists of token ids."),
@@ -102,7 +103,10 @@ def command(
     began = time.monotonic()
     prompts = read_tokens(tokens)
     lengths = [len(prompt) for prompt in prompts]
-    with shown(quiet=quiet) as progress, Checkpoint.open(path) as checkpoint:
+    with (
+        shown(quiet=quiet) as progress,
+        Checkpoint.open(resolve(path, progress=progress)) as checkpoint,
+    ):
         needed = 4 * sum(lengths) * checkpoint.config.vocab_size * (1 + mtp)
         check_room(output, needed)
         progress.stage("forward pass", "steps")

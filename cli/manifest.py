@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.checkpoint.manifest import MANIFEST, SUMS
-from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
-from dsv4_quant.cli.reading import Workers
 from dsv4_quant.cli.verdict import describe, tell
 from dsv4_quant.validators.pin import make_manifest
 

@@ -1,6 +1,6 @@
-"""The options that every command has. A command takes them last, under these names:
+"""Options and arguments that commands share.
 
-``json: Json = None, quiet: Quiet = False, debug: Debug = False``
+Every command takes these last: ``json: Json = None, quiet: Quiet = False, debug: Debug = False``
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 
-def _writable(value: str | None) -> str | None:
+def writable(value: str | None) -> str | None:
     """A result must not be lost after hours of work to a folder that is not there."""
     if value is not None and value != "-":
         path = Path(value)
@@ -25,9 +25,19 @@ Json = Annotated[
     typer.Option(
         "--json",
         metavar="FILE",
-        callback=_writable,
+        callback=writable,
         help="Write the result as JSON; '-' for standard output, which then holds nothing else.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, max=256, help="Threads; one per core if unsaid."),
+]
+At = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH", help="A checkpoint's folder, or a Hugging Face id (owner/name@revision)."
+    ),
+]

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.cli import conversion
-from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src, Workers
+from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src
 from dsv4_quant.cli.convert import Dense, Experts, Layout, make_request
-from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
 
 
 def command(

@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dsv4_quant.cli.options import Debug, Json, Quiet
-from dsv4_quant.cli.options import _writable as writable
+from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers, writable
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
-from dsv4_quant.cli.reading import At, Workers
 from dsv4_quant.cli.verdict import describe, tell
 from dsv4_quant.hub import resolve
 from dsv4_quant.validators.verify import verify

@@ -29,6 +29,9 @@ from dsv4_quant.kernels.quantise_blocks_torch import GRIDS, Quantised
 (MARGIN_BITS,) = struct.unpack("<q", struct.pack("<d", MARGIN))
 """As bits: Triton could take a number so near to 1 for a float32."""
 
+DTYPES = (torch.uint8, torch.float64, torch.float64, torch.float32, torch.int32, torch.int32)
+"""Of all parts of a Quantised but the codes."""
+
 
 @triton.jit
 def _fold_sum(x):
@@ -211,19 +214,16 @@ def quantise_blocks(
     """Quantise the blocks of ``[..., R, C]``; one launch for a whole stack of matrices."""
     mantissa, bias = (1, 1) if element == "fp4" else (3, 7)
     (*stack, rows, cols), (b, c) = x.shape, block
-    scale_shape = (*stack, triton.cdiv(rows, b), triton.cdiv(cols, c))
     width = cols // 2 if element == "fp4" else cols
     codes = torch.empty((*stack, rows, width), dtype=torch.uint8, device=x.device)
-    per_block = (torch.uint8, *[torch.float64] * 2, torch.float32, *[torch.int32] * 2)
-    figures = [torch.empty(scale_shape, dtype=dtype, device=x.device) for dtype in per_block]
+    scale_shape = (*stack, triton.cdiv(rows, b), triton.cdiv(cols, c))
+    figures = [torch.empty(scale_shape, dtype=dtype, device=x.device) for dtype in DTYPES]
     if x.numel():
         matrices = math.prod(stack)
         if b == 1:
             matrices, (rows, cols) = 1, fold_groups(matrices * rows, cols, c)
         h, w, lanes = triton.cdiv(rows, b), triton.cdiv(cols, c), triton.next_power_of_2(b * c)
         blocks = tile_rows(h, lanes)
-        threads = max(1, lanes // 32)
-        neighbours = min(lanes, 8 if threads < 32 else 2)
         _quantise_blocks_kernel[(triton.cdiv(h, blocks), w, matrices)](
             x.contiguous(),
             codes,
@@ -235,9 +235,7 @@ def quantise_blocks(
             B=b,
             C=c,
             BLOCKS=blocks,
-            T=threads,
-            K=neighbours,
-            P=lanes // (threads * neighbours),
+            **lane_shape(lanes),
             CANDIDATES=candidates(rule, element, b * c),
             MANTISSA=mantissa,
             BIAS=bias,
@@ -246,12 +244,18 @@ def quantise_blocks(
             MIN_EXPONENT=MIN_EXPONENT,
             MARGIN_BITS=MARGIN_BITS,
             FP8_LOSING=FP8_LOSING,
-            num_warps=warps(blocks * lanes),
+            num_warps=min(8, max(4, blocks * lanes * 4 // TILE)),
             **OPTIONS,
         )
     return Quantised(codes, *figures)
 
 
-def warps(elements: int) -> int:
-    """Warps for a tile: 32 elements for each thread, as in TILE, and at most 512 threads."""
-    return min(16, max(4, elements * 4 // TILE))
+def lane_shape(lanes: int) -> dict[str, int]:
+    """How the threads of a program share a block of so many values: T of them hold P runs of K.
+
+    Each holds 32 values, or 64 of a large tile, which has 256 threads at most. The fewer of them
+    are neighbours the more a thread can add up alone; but a warp should read runs of 64 bytes.
+    """
+    threads = max(1, min(lanes // 32, 256))
+    neighbours = min(lanes, 8 if threads < 32 else 4)
+    return {"T": threads, "K": neighbours, "P": lanes // (threads * neighbours)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
@@ -25,12 +26,14 @@ def digest_tensors(
     progress = progress or NoProgress()
     chosen = list(checkpoint.specs if names is None else names)
     progress.total(sum(_nbytes(checkpoint, name) for name in chosen))
-    found: dict[str, TensorDigest] = {}
+    found: dict[str, str] = {}
+    unfinished: dict[str, TensorDigest] = {}
+    lock = threading.Lock()
 
     def panels() -> Iterator[tuple[str, int, int]]:
         for name in chosen:
             spec = checkpoint.specs[name]
-            found[name] = TensorDigest(*spec.matrix)
+            unfinished[name] = TensorDigest(*spec.matrix)
             for start, stop in row_ranges(spec.matrix[0], panel_rows(spec, ())):
                 yield name, start, stop
 
@@ -40,14 +43,20 @@ def digest_tensors(
         def work(item: tuple[str, int, int]) -> None:
             name, start, stop = item
             panel = checkpoint.read_rows(name, start, stop)
-            for leaf in hasher.leaves(name, panel, start):
-                found[name].add(*leaf)
+            leaves = list(hasher.leaves(name, panel, start))
+            with lock:  # a finished weight keeps its digest only: V4-Pro has 3 million leaves
+                digest = unfinished[name]
+                for leaf in leaves:
+                    digest.add(*leaf)
+                if digest.is_complete:
+                    found[name] = digest.hexdigest()
+                    del unfinished[name]
             progress.advance(panel.nbytes)
 
         return work
 
     work_in_threads(panels(), worker, workers or os.cpu_count() or 1)
-    return {name: digest.hexdigest() for name, digest in found.items()}
+    return {name: found[name] for name in chosen}
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:

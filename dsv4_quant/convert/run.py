@@ -95,7 +95,7 @@ def convert(
         except OSError as error:
             raise WriteError(
                 f"The system refused: {error.strerror or error}",
-                file=error.filename or target,
+                file=error.filename2 or error.filename or target,
                 hint="Run the same command again when the cause is gone: it continues from there.",
             ) from None
         finally:
@@ -248,6 +248,8 @@ def _place(work: Workspace, name: str, content: bytes | Path) -> FileRecord:
     place = work.out / name
     if place.parent != work.out:
         place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.resolve().is_relative_to(work.out.resolve()):
+            raise OSError(errno.ELOOP, "A symbolic link that leaves OUT", str(place.parent))
     else:
         sync_folder(work.out)  # what came before is durable before this can be seen
     temporary.replace(place)
