@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,17 +112,26 @@ def describe(made: Fingerprint, output: Path, size: int) -> str:
     """For people: what was recorded, and what the prompts exercised."""
     script = made.script
     count = sum(map(len, script.spots))
-    lines = [
-        f"{output}: {size:,} bytes; {len(script.prompts)} prompts, {sum(script.lengths):,} tokens,"
-        f" {count} spots; {script.arithmetic} arithmetic, {script.activations} activations"
-    ]
+    facts = {
+        "file": f"{output}, {size:,} bytes",
+        "run": f"{len(script.prompts)} prompts, {sum(script.lengths):,} tokens, {count} spots;"
+        f" {script.arithmetic} arithmetic, {script.activations} activations",
+    }
     if made.measured is None:
-        lines.append("Holds what a served model said: only the lossy gate can compare it.")
-        return "\n".join(lines)
-    return "\n".join(lines + _described(made.measured))
+        facts["holds"] = "what a served model said: only the lossy gate can compare it"
+    else:
+        facts |= _described(made.measured)
+    width = max(shutil.get_terminal_size((80, 24)).columns, 40)
+    return "\n".join(
+        textwrap.fill(
+            f"{name:10}{value}", width, subsequent_indent=" " * 10,
+            break_long_words=False, break_on_hyphens=False,
+        )
+        for name, value in facts.items()
+    )  # fmt: skip
 
 
-def _described(measured: Measured) -> list[str]:
+def _described(measured: Measured) -> dict[str, str]:
     machine, found = measured.machine, measured.coverage
     digest = measured.value_digest or "not known: there is no manifest (--digest computes it)"
     reached = [
@@ -130,13 +141,13 @@ def _described(measured: Measured) -> list[str]:
     ]
     if found.index_topk is not None:
         reached.append(f"indexer keeps {found.index_topk:,}")
-    return [
-        f"machine   {machine.machine} {machine.cpu}, torch {machine.torch}",
-        f"digest    {digest}",
-        f"experts   {_experts(found)}",
-        f"reached   {'; '.join(reached)}",
-        f"missed    {'; '.join(found.missed) or 'nothing'}",
-    ]
+    return {
+        "machine": f"{machine.machine} {machine.cpu}, torch {machine.torch}",
+        "digest": digest,
+        "experts": _experts(found),
+        "reached": "; ".join(reached),
+        "missed": "; ".join(found.missed) or "nothing",
+    }
 
 
 def _experts(found: Coverage) -> str:

@@ -120,9 +120,9 @@ def command(
     seconds = time.monotonic() - began
     text = (
         f"{output}: logits of {sum(lengths):,} tokens in {len(prompts)}"
-        f" prompt{'s' if len(prompts) > 1 else ''}, {size(needed)} in {duration(seconds)};"
-        f" {arithmetic}, {activations};"
-        f" experts used per layer {min(hit)} to {max(hit)} of {checkpoint.config.n_routed_experts}"
+        f" prompt{'s' if len(prompts) > 1 else ''}, {size(needed)} in {duration(seconds)}\n"
+        f"{arithmetic} arithmetic, {activations} activations; experts used per layer:"
+        f" {min(hit)} to {max(hit)} of {checkpoint.config.n_routed_experts}"
     )
     facts = {
         "output": str(output),

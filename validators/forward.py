@@ -16,6 +16,7 @@ from dsv4_quant.fingerprint.parse import read_fingerprint
 from dsv4_quant.fingerprint.record import Recording, record
 from dsv4_quant.fingerprint.script import Script
 from dsv4_quant.fingerprint.suspects import suspects
+from dsv4_quant.fingerprint.tables import tables_of
 from dsv4_quant.progress import Progress
 from dsv4_quant.validators.report import Finding, error, warning
 
@@ -24,7 +25,7 @@ CHECK = "fingerprint"
 SMALLEST = 1e-7
 """A distance that the sketch's eight digits can still tell."""
 
-LISTED = 12
+LISTED = 24
 """Names of suspects in a finding."""
 
 
@@ -147,6 +148,8 @@ def _judge(
     apart = "" if found.kl is None else f"; KL {found.kl:.2g} nats"
     summary = f"{'; '.join(demands)} (gate {gate}: {why}{apart})"
     yield error(CHECK, summary, advice[gate])
+    if gate != "lossy":
+        yield from _table_findings(ckpt, found)
     if (step := begins(found, gate)) is not None:
         yield _place(ckpt, step, gate, fresh)
 
@@ -158,6 +161,14 @@ def _holds_numerically(found: Comparison, why: str) -> Finding:
         f"equal up to rounding, not bit for bit; from {first.name} on ({why})",
         "Another machine rounds so. Only the class of machine that recorded it can judge bits.",
     )
+
+
+def _table_findings(ckpt: Checkpoint, found: Comparison) -> Iterator[Finding]:
+    for group in found.tables:
+        names = tables_of(ckpt, group)
+        which = names[0] if len(names) == 1 else None
+        what = f"values differ in {which or f'{len(names)} weights of {group}'}"
+        yield error(CHECK, what, f"Look at {', '.join(names)}.", tensor=which)
 
 
 def _place(ckpt: Checkpoint, step: Step, gate: Gate, fresh: Recording) -> Finding:

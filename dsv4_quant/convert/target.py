@@ -48,9 +48,11 @@ def disk_room(plan: Plan, out: Path) -> tuple[int, int]:
     """Bytes that the output needs, and bytes free for it: what it replaces counts as free."""
     place = next(p for p in (out, *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    replaced = [*out.glob(f"{FOLDER}/*"), *out.glob(WEIGHTS)]
-    free += sum(path.lstat().st_blocks * 512 for path in replaced)
-    small = sum(path.stat().st_size for _, path in carried_files(plan.source.root))
+    carried = dict(carried_files(plan.source.root))
+    names = (*carried, SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG)
+    replaced = {*out.glob(f"{FOLDER}/*"), *out.glob(WEIGHTS), *(out / name for name in names)}
+    free += sum(path.lstat().st_blocks * 512 for path in replaced if path.is_file())
+    small = sum(path.stat().st_size for path in carried.values())
     return plan.bytes + small + 4 * SMALL_FILE_BYTES + STEP_BYTES * len(plan.steps), free
 
 

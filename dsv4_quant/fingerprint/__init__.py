@@ -3,6 +3,7 @@
 prompts   tokens that exercise every boundary and every expert of the hash layers
 script    what is run and where it is looked at
 sketch    a hash, a norm and a few sums for a large array
+tables    weights that a pass may use without showing them
 watcher   condenses the streams of every layer while they are there
 coverage  what the prompts exercised, and what not
 machine   where bits come from: equal machines give equal bits

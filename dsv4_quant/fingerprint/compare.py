@@ -65,11 +65,13 @@ class Comparison:
     spots: tuple[Apart, ...]
     steps: tuple[Step, ...]
     """In the order of the pass; none against what a served model said."""
+    tables: tuple[str, ...] = ()
+    """Groups of weights whose values differ, of those that the pass may not show."""
 
     @property
     def is_equal(self) -> bool:
         """Whether there is something to compare bit for bit, and all of it is equal."""
-        return bool(self.steps) and all(step.is_equal for step in self.steps)
+        return bool(self.steps) and not self.tables and all(step.is_equal for step in self.steps)
 
     @property
     def clear(self) -> int:
@@ -111,8 +113,12 @@ def compare(recorded: Fingerprint, fresh: Recording) -> Comparison:
             places, recorded.spots[prompt], fresh.logits[prompt], strict=True
         )
     ]
-    steps = [] if measured is None else list(_steps(measured, mine, script, fresh.routes))
-    return Comparison(tuple(apart), tuple(steps))
+    if measured is None:
+        return Comparison(tuple(apart), ())
+    common = (group for group in measured.tables if group in mine.tables)
+    differ = tuple(group for group in common if measured.tables[group] != mine.tables[group])
+    steps = _steps(measured, mine, script, fresh.routes)
+    return Comparison(tuple(apart), tuple(steps), differ)
 
 
 def _apart(prompt: int, position: int, spot: Spot, row: Floats, *, is_served: bool) -> Apart:

@@ -45,6 +45,8 @@ class Measured:
     value_digest: str | None
     coverage: Coverage
     experts_hit: tuple[tuple[int, ...], ...]
+    tables: Mapping[str, str]
+    """Weights that the pass may use without showing them (``tables``): group -> digest."""
     logits: tuple[Digest, ...]
     """Per prompt, of all positions."""
     mtp_logits: tuple[Digest, ...]

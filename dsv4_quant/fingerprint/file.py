@@ -10,6 +10,7 @@
     model, formats            the config's fields, and how the weights were stored
     value_digest              of the weights, or null
     coverage                  what the prompts exercise (``coverage``)
+    tables                    digests of weights that a pass may use without showing (``tables``)
     experts_hit               per layer a hexadecimal number: bit e is set if expert e was used
     streams                   per sub-layer: layer, part, a digest per prompt, and in base64 the
                               first two bytes of every row's BLAKE3
@@ -59,6 +60,7 @@ def to_json(fingerprint: Fingerprint) -> bytes:
             "formats": dict(measured.formats),
             "value_digest": measured.value_digest,
             "coverage": asdict(measured.coverage),
+            "tables": dict(measured.tables),
             "experts_hit": [_mask(experts) for experts in measured.experts_hit],
         }
     text = "{\n" + ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in head.items())
@@ -81,7 +83,7 @@ def check_size(config: ModelConfig, script: Script) -> None:
     sub_layer = 60 + len(script.prompts) * digest + rows * ROW_BYTES * 4 // 3
     size = 6000 + sum(script.lengths) * token + rows * 6 + 4 * len(config.compress_ratios)
     size += spots * (70 + TOP * (token + number)) + 2 * len(script.prompts) * digest
-    size += blocks * (2 * sub_layer + config.n_routed_experts // 4 + 16)
+    size += blocks * (2 * sub_layer + config.n_routed_experts // 4 + 80)
     if size > MAX_BYTES:
         raise _too_large(size)
 

@@ -1,13 +1,14 @@
 """Three gates: how equal two fingerprints must be, and which gate applies.
 
-bit      Every hash is equal. For re-expressions of the same weights (layout, GPU count, a lossless
+bit      Every digest is equal. For re-expressions of the same weights (layout, GPU count, lossless
          format), judged on one class of machine in ``exact`` arithmetic. A changed weight that any
          prompt uses does not pass.
 numeric  Equal but for the last bits of ``exp`` and its like: between classes of machines, in exact
          arithmetic with float32 activations only. All other settings amplify rounding until it
          says nothing. Even here a rounding can turn a near tie in the choice of experts or entries
          the other way, and everything that depends on that position then differs in earnest. So the
-         demands are on the typical spot and prompt, and few may be further away.
+         demands are on the typical spot and prompt, and few may be further away. Tables must be
+         equal: their digests come from no arithmetic.
 lossy    The next-token distributions are close: for requantised weights, and for served models.
          It bounds what was lost. It cannot tell a small damage from a loss of the same size.
 
@@ -83,10 +84,13 @@ def broken(found: Comparison, gate: Gate) -> list[str]:
     """The gate's demands that are not met, in words; none if it holds."""
     if found.is_equal:
         return []
-    if gate == "bit":
-        different = sum(not step.is_equal for step in found.steps)
-        return [f"{different} of {len(found.steps)} steps of the pass differ in their bits"]
-    return _too_lossy(found) if gate == "lossy" else _too_far(found)
+    if gate == "lossy":
+        return _too_lossy(found)
+    failed = [f"values differ in tables of {', '.join(found.tables)}"] if found.tables else []
+    different = sum(not step.is_equal for step in found.steps)
+    if gate == "bit" and different:
+        failed.append(f"{different} of {len(found.steps)} steps of the pass differ in their bits")
+    return failed + (_too_far(found) if gate == "numeric" else [])
 
 
 def _too_lossy(found: Comparison) -> list[str]:

@@ -23,7 +23,7 @@ _TOKEN = (0, (1 << 24) - 1)
 _MANY = 1 << 30
 _HEAD = ("format", "version", "tool", "kind", "pass", "prompts")
 _MEASURED = (
-    "machine", "model", "formats", "value_digest", "coverage", "experts_hit", "streams",
+    "machine", "model", "formats", "value_digest", "coverage", "tables", "experts_hit", "streams",
 )  # fmt: skip
 _LINE = r"[^\x00-\x1f\x7f]{0,400}"
 
@@ -111,7 +111,7 @@ def _spot(node: Node) -> Spot:
 def _measured(top: Node, prompts: list[Node], script: Script) -> Measured:
     machine = top["machine"]
     machine.object(("machine", "cpu", "torch", "revision"))
-    for key in ("model", "formats"):
+    for key in ("model", "formats", "tables"):
         if not isinstance(top[key].value, dict):
             top[key].fail("is not an object")
     if not top["model"].has("num_hidden_layers"):
@@ -133,6 +133,7 @@ def _measured(top: Node, prompts: list[Node], script: Script) -> Measured:
             _experts(node.text("[0-9a-f]{1,16384}"))
             for node in top["experts_hit"].items(blocks, blocks)
         ),
+        tables={key: top["tables"][key].text("[0-9a-f]{32}") for key in top["tables"].value},
         logits=tuple(_digest(prompt["logits"]) for prompt in prompts),
         mtp_logits=tuple(_digest(prompt["mtp_logits"]) for prompt in prompts) if script.mtp else (),
         streams=_streams(top["streams"], script, blocks),

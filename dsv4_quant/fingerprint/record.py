@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant import __version__
+from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.errors import NotANumberError
 from dsv4_quant.fingerprint.coverage import coverage
 from dsv4_quant.fingerprint.document import TOP, Fingerprint, Measured, Spot, describe_model
 from dsv4_quant.fingerprint.machine import Machine
 from dsv4_quant.fingerprint.script import Script
 from dsv4_quant.fingerprint.sketch import digest
+from dsv4_quant.fingerprint.tables import tables
 from dsv4_quant.fingerprint.watcher import Routes, Watcher
 from dsv4_quant.model import forward
-from dsv4_quant.model.weights import Source
 from dsv4_quant.progress import NoProgress, Progress
 
 TOOL = f"dsv4-quant {__version__}"
@@ -35,7 +36,7 @@ class Recording:
 
 
 def record(
-    ckpt: Source,
+    ckpt: Checkpoint,
     script: Script,
     *,
     value_digest: str | None = None,
@@ -46,13 +47,14 @@ def record(
 
     Args:
         value_digest: of the checkpoint, if it is known; it is written down.
-        threads: for the pass; they change no bit.
+        threads: they change no bit.
 
     Raises:
         UsageError: tokens that the model does not have.
-        NotANumberError: a layer's streams hold NaN or infinity; the pass ends there.
+        NotANumberError: a table or a layer's streams hold NaN or infinity; the pass ends there.
     """
     progress = progress or NoProgress()
+    held = tables(ckpt, mtp=script.mtp, threads=threads, progress=progress)
     progress.stage("forward pass", "steps")
     watcher = Watcher(script, progress)
     result = forward(
@@ -74,6 +76,7 @@ def record(
         value_digest=value_digest,
         coverage=coverage(config, script, result.experts_hit),
         experts_hit=tuple(tuple(experts) for experts in result.experts_hit),
+        tables=held,
         logits=digests,
         mtp_logits=mtp_digests,
         streams=tuple(watcher.streams_seen),
@@ -99,7 +102,7 @@ def log_sum_exp(row: Floats) -> float:
     return float(top + np.log(np.exp(values - top).sum()))
 
 
-def formats(ckpt: Source) -> dict[str, str]:
+def formats(ckpt: Checkpoint) -> dict[str, str]:
     """How the experts, wo_a and the other weights of a layer are stored."""
     found: dict[str, str] = {}
     for spec in ckpt.specs.values():

@@ -36,7 +36,10 @@ BLOCK = 1024
 """Values that are summed in lanes before the lanes are added up."""
 
 ROWS, COLUMNS = 4, 6
-"""A tile: rows of x times rows of w. 24 accumulators and 10 operands, of 32 vector registers."""
+"""A tile: rows of x times rows of w. 24 sums and 7 operands, of 32 vector registers."""
+
+NARROW = 2
+"""Rows of w in the tiles for what is left over."""
 
 GROUP = 64
 """Rows of x that are taken through all rows of w together."""
@@ -120,28 +123,33 @@ def _tile(rows: int, columns: int) -> Any:
 
 
 _add_tile = _tile(ROWS, COLUMNS)
+_add_narrow = _tile(ROWS, NARROW)
 _add_one = _tile(1, 1)
 
 
 @kernel
-def multiply(x: Floats, w: Floats, y: Floats, block: int) -> None:
-    """``y = x @ w.T``: x ``[M, K]``, w ``[N, K]``, y ``[M, N]``; values of a row side by side.
+def multiply(x: Floats, w: Floats, y: Floats, column: int, block: int) -> None:
+    """``y[:, column : column + N] = x @ w.T``: x ``[M, K]``, w ``[N, K]``, y ``[M, ...]``.
 
-    K and block must be multiples of LANES, M of ROWS and N of COLUMNS: fill up with zeros.
+    All C-contiguous. K and block must be multiples of LANES, M of ROWS and N of NARROW: fill up
+    with zeros.
     """
-    m, k = x.shape
-    n = w.shape[0]
-    x_step, w_step, y_step = x.strides[0] // 4, w.strides[0] // 4, y.strides[0] // 4
-    y[:] = 0
+    (m, k), n, width = x.shape, w.shape[0], y.shape[1]
+    whole = n - n % COLUMNS
+    y[:, column : column + n] = 0
     for start in range(0, k, block):
         count = min(block, k - start)
         for first in range(0, m, GROUP):  # both operands of what follows fit the L2 cache
-            for column in range(0, n, COLUMNS):
-                w_at = w.ctypes.data + 4 * (column * w_step + start)
+            for j in range(0, n, COLUMNS):
+                w_at = w.ctypes.data + 4 * (j * k + start)
                 for row in range(first, min(first + GROUP, m), ROWS):
-                    x_at = x.ctypes.data + 4 * (row * x_step + start)
-                    y_at = y.ctypes.data + 4 * (row * y_step + column)
-                    _add_tile(x_at, w_at, y_at, count, x_step, w_step, y_step)
+                    x_at = x.ctypes.data + 4 * (row * k + start)
+                    y_at = y.ctypes.data + 4 * (row * width + column + j)
+                    if j < whole:
+                        _add_tile(x_at, w_at, y_at, count, k, k, width)
+                        continue
+                    for more in range(0, n - whole, NARROW):
+                        _add_narrow(x_at, w_at + 4 * more * k, y_at + 4 * more, count, k, k, width)
 
 
 @kernel

@@ -6,6 +6,7 @@ rows of the weight, so their number changes who computes a value and never the v
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from dsv4_quant.formats.blocks import F32
 from dsv4_quant.formats.blocks import Tensor as Weight
-from dsv4_quant.model.dot import BLOCK, COLUMNS, LANES, ROWS, multiply, multiply_rows
+from dsv4_quant.model.dot import BLOCK, COLUMNS, LANES, NARROW, ROWS, multiply, multiply_rows
 from dsv4_quant.model.panels import decode_panel
 
 Floats = NDArray[np.float32]
@@ -54,22 +55,22 @@ class Workers:
             and block alone.
         """
         first, last = rows or (0, weight.shape[0])
+        count = last - first
         left = _filled(x.reshape(-1, x.shape[-1]).numpy(), ROWS)  # [M, K], both filled up
-        out = np.empty((left.shape[0], last - first), np.float32)
-
+        out = np.empty((len(left), _up(count, NARROW)), np.float32)
         step = block or max(left.shape[1], LANES)
 
         def work(start: int, stop: int) -> None:
-            _multiply_panels(left, weight, first + start, first + stop, out[:, start:stop], step)
+            _multiply_panels(left, weight, first, start, min(stop, count), out, step)
 
-        small = left.shape[0] * left.shape[1] * (last - first) < SMALL
-        self._share(work, last - first, 1 if small else self.threads)
-        held = torch.from_numpy(out)[: x.shape[:-1].numel()]
-        return held.reshape(*x.shape[:-1], last - first)
+        small = left.size * count < SMALL
+        self._share(work, out.shape[1], 1 if small else self.threads)
+        made = torch.from_numpy(out)[: x.shape[:-1].numel(), :count]
+        return made.reshape(*x.shape[:-1], count)
 
     def _share(self, work: Callable[[int, int], None], count: int, parts: int) -> None:
-        """Calls ``work(start, stop)`` on equal parts of range(count), at the same time."""
-        step = -(-count // parts)
+        """Calls ``work(start, stop)`` on about equal parts of range(count), at the same time."""
+        step = _up(-(-count // parts), NARROW)
         tasks = [
             self._pool.submit(work, at, min(at + step, count)) for at in range(step, count, step)
         ]
@@ -98,27 +99,39 @@ def dot_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(out).reshape(x.shape[:-1])
 
 
+_scratch = threading.local()
+
+
 def _multiply_panels(
-    x: Floats, weight: Weight, start: int, stop: int, out: Floats, block: int
+    x: Floats, weight: Weight, first: int, start: int, stop: int, out: Floats, block: int
 ) -> None:
-    """``out = x @ weight[start:stop].T``: x ``[M, K]`` filled up, out ``[M, stop - start]``."""
+    """``out[:, start:stop] = x @ weight[first + start : first + stop].T``, x filled up.
+
+    Where stop is odd, one column more is overwritten.
+    """
     k = x.shape[1]
-    height = COLUMNS * max(1, min(PANEL_VALUES // k, stop - start + COLUMNS - 1) // COLUMNS)
-    panel = np.zeros((height, k), np.float32)
+    height = max(NARROW, PANEL_VALUES // k // COLUMNS * COLUMNS)
+    if getattr(_scratch, "panel", np.empty(0)).size < height * k:
+        _scratch.panel = np.empty(height * k, np.float32)
+    panel = _scratch.panel[: height * k].reshape(height, k)
+    panel[:, weight.shape[1] :] = 0
     for row in range(start, stop, height):
         count = min(height, stop - row)
-        decode_panel(weight, row, row + count, panel)
-        used = -(-count // COLUMNS) * COLUMNS  # rows beyond count are left over, or zero
-        products = np.empty((x.shape[0], used), np.float32)
-        multiply(x, panel[:used], products, block)
-        out[:, row - start : row - start + count] = products[:, :count]
+        decode_panel(weight, first + row, first + row + count, panel)
+        used = _up(count, NARROW)
+        panel[count:used] = 0
+        multiply(x, panel[:used], out, row, block)
 
 
 def _filled(x: Floats, rows: int) -> Floats:
     """x ``[M, K]`` with zeros up to a multiple of ``rows`` and of LANES."""
-    m, k = -(-x.shape[0] // rows) * rows, -(-x.shape[1] // LANES) * LANES
+    m, k = _up(x.shape[0], rows), _up(x.shape[1], LANES)
     if (m, k) == x.shape and x.flags.c_contiguous:
         return x
     filled = np.zeros((m, k), np.float32)
     filled[: x.shape[0], : x.shape[1]] = x
     return filled
+
+
+def _up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit

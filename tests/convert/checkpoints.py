@@ -90,6 +90,22 @@ def write_checkpoint(
     return root
 
 
+def write_hollow(root: Path, raw: dict[str, Any], forms: Formats | None = None) -> Path:
+    """A checkpoint in one file whose data are a hole: zeros that take no room on the disk."""
+    header, end = {}, 0
+    for tensor in Catalogue(parse_config(raw), forms or formats()).stored("hf"):
+        offsets = [end, end := end + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (root / "config.json").write_text(json.dumps(raw))
+    return root
+
+
 def wild(tensor: StoredTensor, rng: np.random.Generator) -> NDArray[Any]:
     """Values of every kind that no exact conversion may refuse."""
     rows, cols = tensor.spec.matrix

@@ -99,3 +99,29 @@ def crashes(
 ) -> Crashes:
     """The source and its reference, made once."""
     return Crashes(source, tmp_path_factory.mktemp("crashes"), driver)
+
+
+class Disk:
+    """A small filesystem whose size can be changed."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def resize(self, size: int) -> None:
+        """To so many bytes, rounded up to pages."""
+        command = ["mount", "-o", f"remount,size={size}", str(self.place)]
+        subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A tmpfs of 64 MiB; a file that is still open at the end is an error."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield Disk(place)
+    if subprocess.run(["umount", str(place)], check=False).returncode:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+        pytest.fail("a file on the small disk was left open")

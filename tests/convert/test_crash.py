@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from dsv4_quant.convert.request import Request
 from dsv4_quant.convert.run import convert
 from dsv4_quant.errors import DiskSpaceError, WriteError
 from tests.convert.checkpoints import tree
-from tests.convert.conftest import Crashes
+from tests.convert.conftest import Crashes, Disk
 
 
 def chosen(calls: list[str], first: int, every: int) -> list[int]:
@@ -179,49 +177,33 @@ def flip(path: Path, place: int) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs that is too small by half; its size can be changed with ``resize``."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield place
-    if subprocess.run(["umount", str(place)], check=False).returncode:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-        pytest.fail("a file on the full disk was left open")
-
-
-def resize(place: Path, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
-
-
 class TestFullDisk:
     REQUEST = Request("mp", 2, "fp8")
 
-    def test_it_is_found_before_any_work(self, crashes: Crashes, small_disk: Path) -> None:
+    def test_it_is_found_before_any_work(self, crashes: Crashes, disk: Disk) -> None:
+        disk.resize(3 << 20)
         with pytest.raises(DiskSpaceError, match=r"needs [\d,]+ bytes, 3,145,728 are free"):
-            convert(crashes.source, small_disk / "out", self.REQUEST)
-        assert not list(small_disk.iterdir())
+            convert(crashes.source, disk.place / "out", self.REQUEST)
+        assert not list(disk.place.iterdir())
 
     @pytest.mark.parametrize("reserved", [True, False])
     def test_it_fills_up_meanwhile(
         self,
         reserved: bool,
         crashes: Crashes,
-        small_disk: Path,
+        disk: Disk,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        disk.resize(3 << 20)
         with monkeypatch.context() as patch:
             patch.setattr(target, "disk_room", lambda plan, out: (0, 1))
             if not reserved:
                 patch.setattr("dsv4_quant.convert.files._allocate", lambda fd, size: None)
             with pytest.raises(WriteError, match=r"No space left.*Make room and run the same"):
-                convert(crashes.source, small_disk / "out", self.REQUEST)
-        assert [path.name for path in (small_disk / "out").iterdir()] == [FOLDER]
-        resize(small_disk, "9m")
-        crashes.finishes(small_disk / "out")
+                convert(crashes.source, disk.place / "out", self.REQUEST)
+        assert [path.name for path in (disk.place / "out").iterdir()] == [FOLDER]
+        disk.resize(9 << 20)
+        crashes.finishes(disk.place / "out")
 
 
 def test_the_journal_says_what_was_done(crashes: Crashes, tmp_path: Path) -> None:

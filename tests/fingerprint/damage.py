@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_quant.catalogue import TensorSpec
+from dsv4_quant.catalogue import StoredTensor, TensorSpec
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.formats.blocks import Tensor
@@ -37,6 +37,9 @@ class Altered:
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._ckpt.specs
 
+    def stored(self, spec: TensorSpec) -> tuple[StoredTensor, ...]:
+        return self._ckpt.stored(spec)
+
     def read(self, name: str) -> Tensor:
         return self._alter(name, self._ckpt.read(name))
 
@@ -44,6 +47,8 @@ class Altered:
         if name not in self._whole:
             self._whole[name] = self.read(name)
         whole = self._whole[name]
+        if len(whole.shape) == 1:
+            return whole
         held = self._ckpt.read_rows(name, start, stop)
         scales = whole.scales
         if scales is not None and whole.format.block is not None:

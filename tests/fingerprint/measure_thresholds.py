@@ -66,7 +66,8 @@ def main() -> None:
         numeric = [row for name, path in models.items() for row in numeric_rows(name, path)]
     lossy = [tell(row) for row in lossy_rows(golden("tiny-base"))]
     OUT.write_text(
-        json.dumps({"torch": torch.__version__, "numeric": numeric, "lossy": lossy}, indent=1) + "\n"
+        json.dumps({"torch": torch.__version__, "numeric": numeric, "lossy": lossy}, indent=1)
+        + "\n"
     )
 
 
@@ -136,7 +137,9 @@ def fp4_experts(name: str, held: Tensor) -> Tensor:
     if ".experts." not in name:
         return held
     codes, scales = fp4_act_quant(torch.from_numpy(held.decode()))
-    return Tensor(FP4, held.shape, codes.view(torch.uint8).numpy(), scales.view(torch.uint8).numpy())
+    return Tensor(
+        FP4, held.shape, codes.view(torch.uint8).numpy(), scales.view(torch.uint8).numpy()
+    )
 
 
 def grid_experts(levels: int) -> Alteration:

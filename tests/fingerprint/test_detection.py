@@ -23,13 +23,11 @@ from dsv4_quant.errors import NotANumberError, UnreadableError
 from dsv4_quant.fingerprint.compare import compare
 from dsv4_quant.fingerprint.document import Fingerprint
 from dsv4_quant.fingerprint.gates import begins, broken
-from dsv4_quant.fingerprint.prompts import choose_prompts
-from dsv4_quant.fingerprint.record import record
-from dsv4_quant.fingerprint.script import make_script
+from dsv4_quant.fingerprint.record import Recording, record
 from dsv4_quant.fingerprint.suspects import suspects
+from dsv4_quant.fingerprint.tables import tables_of
 from dsv4_quant.formats.blocks import Tensor
 from tests.fingerprint.damage import Altered, Flip
-from tests.folders import golden
 
 TABLE = Path(__file__).with_name("DETECTION.md")
 CASES = Path(__file__).with_name("detection.json")
@@ -55,6 +53,22 @@ KINDS = {
     "head": ("head.weight", False),
 }
 """Kind -> what its names hold, and whether scales are meant."""
+
+
+INTRODUCTION = """\
+# What a fingerprint finds
+
+Written by `test_detection.py` (`DSV4_UPDATE=1`). Random single bytes of the golden checkpoint
+`tiny-fp4`, {count} in all, each flipped by a random mask; the fingerprint is that of the prompts
+that are chosen by default.
+
+- **changed**: the value of a weight became another one (FP4 code 8 is -0, for one, and no other
+  value than 0).
+- **bit**: of those, how many the exact bit gate found.
+- **named**: of those found, how many are among the tensors that the report says to look at; **of**:
+  how many tensors it names (median).
+- **numeric**: how many of the changed ones the gate between machines found: it cannot tell a small
+  change of a number from rounding."""
 
 
 @dataclass(frozen=True)
@@ -96,30 +110,35 @@ def flips(ckpt: Checkpoint) -> Iterator[tuple[str, Flip]]:
             held = ckpt.read(spec.name)
             array = held.scales if is_scale else held.codes
             assert array is not None
-            yield kind, Flip(spec.name, is_scale, draw.randrange(array.nbytes), draw.randrange(1, 256))
+            byte, mask = draw.randrange(array.nbytes), draw.randrange(1, 256)
+            yield kind, Flip(spec.name, is_scale, byte, mask)
 
 
 def run(ckpt: Checkpoint, recorded: Fingerprint, kind: str, flip: Flip) -> Case:
     """Makes the change and judges."""
     held = ckpt.read(flip.name)
     changed = not same_values(held, flip(flip.name, held))
-    bit, named, count, numeric = True, False, 0, True
     altered = Altered(ckpt, flip)
     try:
         fresh = record(altered, recorded.script, threads=1)
-    except NotANumberError:
-        return Case(kind, **asdict(flip), changed=changed, bit=True, named=False, suspects=0, numeric=True)
-    except UnreadableError as refused:  # an expert id that cannot be
-        named = refused.tensor == flip.name
-        return Case(kind, **asdict(flip), changed=changed, bit=True, named=named, suspects=1, numeric=True)
+    except (NotANumberError, UnreadableError) as refused:  # or an expert id that cannot be
+        count = int(refused.tensor is not None)
+        return Case(
+            kind, **asdict(flip), changed=changed,
+            bit=True, named=refused.tensor == flip.name, suspects=count, numeric=True,
+        )  # fmt: skip
     found = compare(recorded, fresh)
     bit, numeric = bool(broken(found, "bit")), bool(broken(found, "numeric"))
+    names = [name for group in found.tables for name in tables_of(altered, group)]
     if (step := begins(found, "bit")) is not None:
         assert fresh.fingerprint.measured is not None
         hit = () if step.layer is None else fresh.fingerprint.measured.experts_hit[step.layer]
-        names = suspects(altered, step.layer, step.part, step.rows, hit)
-        named, count = flip.name in names, len(names)
-    return Case(kind, **asdict(flip), changed=changed, bit=bit, named=named, suspects=count, numeric=numeric)
+        names += suspects(altered, step.layer, step.part, step.rows, hit)
+    named, count = flip.name in names, len(set(names))
+    return Case(
+        kind, **asdict(flip), changed=changed,
+        bit=bit, named=named, suspects=count, numeric=numeric,
+    )  # fmt: skip
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
@@ -129,14 +148,8 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 
 @pytest.fixture(scope="module")
-def ckpt() -> Iterator[Checkpoint]:
-    with Checkpoint.open(golden("tiny-fp4")) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def recorded(ckpt: Checkpoint) -> Fingerprint:
-    return record(ckpt, make_script(ckpt.config, choose_prompts(ckpt))).fingerprint
+def recorded(recording: Recording) -> Fingerprint:
+    return recording.fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -151,20 +164,7 @@ def cases(ckpt: Checkpoint, recorded: Fingerprint) -> list[Case]:
 def table(cases: list[Case]) -> str:
     """DETECTION.md."""
     lines = [
-        "# What a fingerprint finds",
-        "",
-        "Written by `test_detection.py` (`DSV4_UPDATE=1`). Random single bytes of the golden",
-        f"checkpoint `tiny-fp4`, {len(cases)} in all, each flipped by a random mask; the fingerprint is",
-        "that of the prompts that are chosen by default.",
-        "",
-        "- **changed**: the value of a weight became another one (FP4 code 8 is -0, for one, and no",
-        "  other value than 0).",
-        "- **bit**: of those, how many the exact bit gate found. The rest is rounded away, lies in rows",
-        "  of the embedding or of the expert table that no prompt touches, or moves scores of the",
-        "  indexer too little to choose other entries. The value digest finds every one of them.",
-        "- **named**: of those found, how many are among the tensors that the report says to look at;",
-        "  **of**: how many tensors it names (median).",
-        "- **numeric**: how many of the changed ones are large enough for the gate between machines.",
+        *INTRODUCTION.format(count=len(cases)).splitlines(),
         "",
         "| kind | tried | changed | bit | named | of | numeric |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -64,9 +64,9 @@ def test_every_expert_of_the_hash_layers_is_reached(ckpt: Checkpoint) -> None:
 
 
 @given(
-    st.lists(
-        st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=60
-    ).map(np.array)
+    st.lists(st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=60).map(
+        np.array
+    )
 )
 def test_a_cover_names_everything_and_nothing_in_vain(table: np.ndarray) -> None:
     chosen = cover_experts(table)

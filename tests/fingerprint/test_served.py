@@ -95,8 +95,8 @@ def test_the_form_in_the_docstring_is_the_form() -> None:
     assert [spot.ids for spot in parse_served(raw).spots[0]] == [(1437, 270), (16,)]
 
 
-def as_served(recording: Recording, *, order: bool = False, shift: float = 0.0) -> Fingerprint:
-    """What a server would say that runs this very checkpoint, with probabilities a bit off."""
+def as_served(recording: Recording, *, order: bool = False, sure: bool = False) -> Fingerprint:
+    """What a server would say that runs this very checkpoint; or one that is always sure."""
     prompts = []
     script = recording.fingerprint.script
     for tokens, places, rows in zip(
@@ -104,8 +104,8 @@ def as_served(recording: Recording, *, order: bool = False, shift: float = 0.0) 
     ):
         spots = []
         for position, spot in zip(places, rows, strict=True):
-            logprobs = [logit - spot.lse - shift * i for i, logit in enumerate(spot.logits)]
-            pairs = [[i, round(p, 4)] for i, p in zip(spot.ids, logprobs, strict=True)][:5]
+            logprobs = [-0.1, *[-4.0] * 4] if sure else [logit - spot.lse for logit in spot.logits]
+            pairs = [[i, round(p, 4)] for i, p in zip(spot.ids, logprobs, strict=False)][:5]
             spots.append({"position": position, "top": list(spot.ids[:5]) if order else pairs})
         prompts.append({"tokens": list(tokens), "spots": spots})
     return parse_served({"format": "dsv4-served", "version": 1, "prompts": prompts})
@@ -119,7 +119,7 @@ def test_a_server_of_the_same_weights_holds(recording: Recording) -> None:
 
 
 def test_a_server_of_other_weights_does_not(recording: Recording) -> None:
-    found = compare(as_served(recording, shift=3.0), recording)
+    found = compare(as_served(recording, sure=True), recording)
     assert found.kl is not None and found.kl > 0.1
     assert broken(found, "lossy")
 
@@ -131,9 +131,7 @@ def test_an_order_is_judged_where_a_token_is_clearly_ahead(recording: Recording)
     assert found.clear == sum(gap >= 1 for gap in ahead) > 0
     assert found.kl is None and found.top1 == 1
     assert not broken(found, "lossy")
-    wrong = [
-        Spot(spot.ids[1:], ()) for prompt in served_order.spots for spot in prompt
-    ]
+    wrong = [Spot(spot.ids[1:], ()) for prompt in served_order.spots for spot in prompt]
     counted = iter(wrong)
     shuffled = tuple(tuple(next(counted) for _ in prompt) for prompt in served_order.spots)
     other = Fingerprint("t", served_order.script, shuffled, None)

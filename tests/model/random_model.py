@@ -145,18 +145,19 @@ def _with_rope(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+_SAME_KEYS = """
+    vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim
+    q_lora_rank num_experts_per_tok n_routed_experts n_shared_experts scoring_func hc_mult hc_eps
+    routed_scaling_factor rope_theta compress_rope_theta hc_sinkhorn_iters swiglu_limit o_groups
+    sliding_window o_lora_rank index_n_heads index_head_dim index_topk rms_norm_eps
+""".split()  # noqa: SIM905
+
+
 def _their_config(c: ModelConfig) -> dict[str, Any]:
     kinds = {0: "sliding_attention", 4: "compressed_sparse_attention"}
     ratios = c.compress_ratios[: c.num_hidden_layers]
     others = {r for r in ratios if r not in kinds}
     assert len(others) <= 1, "transformers knows one ratio for HCA"
-    keys = (
-        "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim"
-        " q_lora_rank num_experts_per_tok n_routed_experts n_shared_experts scoring_func"
-        " routed_scaling_factor rope_theta compress_rope_theta hc_mult hc_sinkhorn_iters hc_eps"
-        " swiglu_limit sliding_window o_groups o_lora_rank index_n_heads index_head_dim index_topk"
-        " rms_norm_eps"
-    ).split()
     factor = {"partial_rotary_factor": c.qk_rope_head_dim / c.head_dim}
     compress: dict[str, Any] = {
         "rope_type": "default",
@@ -173,7 +174,7 @@ def _their_config(c: ModelConfig) -> dict[str, Any]:
             "attention_factor": 1.0,
         }
     return {
-        **{key: getattr(c, key) for key in keys},
+        **{key: getattr(c, key) for key in _SAME_KEYS},
         **factor,
         "layer_types": [kinds.get(r, "heavily_compressed_attention") for r in ratios],
         "compress_rates": {

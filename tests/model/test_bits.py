@@ -54,9 +54,7 @@ def test_decoding_is_prefilling(
     equal(forward(source, prompts, decode=decode).logits, expected)
 
 
-def test_prompts_alone(
-    source: Any, prompts: list[list[int]], expected: list[torch.Tensor]
-) -> None:
+def test_prompts_alone(source: Any, prompts: list[list[int]], expected: list[torch.Tensor]) -> None:
     alone = [forward(source, [prompt]).logits[0] for prompt in prompts]
     equal(alone, expected)
     equal(forward(source, prompts[::-1]).logits, expected[::-1])
@@ -84,9 +82,7 @@ def test_chunks_of_a_prefill(
 
 
 @pytest.mark.parametrize("activations", ["float32", "bfloat16"])
-def test_deployed_repeats_too(
-    source: Any, prompts: list[list[int]], activations: Any
-) -> None:
+def test_deployed_repeats_too(source: Any, prompts: list[list[int]], activations: Any) -> None:
     """Not promised between formats, but threads, batches and decode steps move nothing."""
     with Checkpoint.open(golden("tiny-fp4")) as ckpt:
         run: dict[str, Any] = {"arithmetic": "deployed", "activations": activations}

@@ -106,6 +106,7 @@ def test_golden_checkpoints(case: str) -> None:
 
 def compare(source: Any, their: torch.nn.Module, lengths: list[int]) -> None:
     prompts = [tokens(source, length, seed=length) for length in lengths]
+    torch.set_num_threads(1)
     with torch.no_grad():
         expected = [their(torch.tensor([prompt])).logits[0] for prompt in prompts]
     for decode in (0, 5):
