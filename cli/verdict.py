@@ -35,6 +35,8 @@ def describe(report: Report) -> str:
     parts = [_verdict(report)]
     if report.digest is not None:
         parts[0] += f"\nvalue digest {report.digest}"
+    if report.forward is not None:
+        parts += ["\n".join(_filled(f"forward: {report.forward}", 0))]
     rows = [
         [
             check.level,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers, writable
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.verdict import describe, tell
+from dsv4_quant.errors import UsageError
 from dsv4_quant.hub import resolve
 from dsv4_quant.validators.verify import verify
 
@@ -21,24 +23,50 @@ class Level(StrEnum):
     structure = "structure"
     checksums = "checksums"
     values = "values"
+    forward = "forward"
+
+
+class Gate(StrEnum):
+    """How equal the model's answers must be."""
+
+    bit = "bit"
+    numeric = "numeric"
+    lossy = "lossy"
 
 
 def command(
     path: At,
     level: Annotated[
-        Level,
+        Level | None,
         typer.Option(
             "--level",
             help="structure: headers, index, configs. checksums: every byte against the manifest."
-            " values: every number.",
+            " values: every number. forward: what the model says; needs --fingerprint."
+            "  [default: values, or forward with --fingerprint]",
         ),
-    ] = Level.values,
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
             "--against",
             metavar="SRC",
             help="A folder or id, in any layout and format, that must hold the same values.",
+        ),
+    ] = None,
+    fingerprint: Annotated[
+        Path | None,
+        typer.Option(
+            "--fingerprint",
+            metavar="F.json",
+            help="What `dsv4-quant fingerprint` recorded of the source, or of a served model.",
+        ),
+    ] = None,
+    gate: Annotated[
+        Gate | None,
+        typer.Option(
+            "--gate",
+            help="bit: equal bits. numeric: equal but for rounding. lossy: requantised weights."
+            "  [default: the strictest that this machine and the fingerprint's allow]",
         ),
     ] = None,
     junit: Annotated[
@@ -63,12 +91,17 @@ def command(
       dsv4-quant verify DeepSeek-V4-Flash --level structure
       dsv4-quant verify flash-fp8-mp8 --junit report.xml
       dsv4-quant verify flash-fp8-mp8 --against DeepSeek-V4-Flash
+      dsv4-quant verify flash-fp8-mp8 --fingerprint flash.json
     """
+    if gate is not None and fingerprint is None:
+        raise UsageError("--gate goes with --fingerprint")
+    usual = Level.values if fingerprint is None else Level.forward
     with shown(quiet=quiet) as progress:
         source = None if against is None else resolve(against, progress=progress)
         report = verify(
-            resolve(path, progress=progress), level.value,
-            against=source, workers=workers, progress=progress,
+            resolve(path, progress=progress), (level or usual).value,
+            against=source, fingerprint=fingerprint, gate=None if gate is None else gate.value,
+            workers=workers, progress=progress,
         )  # fmt: skip
     tell(report, junit)
     emit(describe(report), report.to_json(), json_to=json, quiet=quiet)

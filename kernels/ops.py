@@ -5,6 +5,11 @@ Who computes is decided call by call: by the argument ``backend``, else by the e
 lies on a GPU, the definition everywhere else. On a CPU the twin runs only when asked for by name,
 and only in Triton's interpreter (``TRITON_INTERPRET=1`` before anything imports triton).
 
+fp4_to_fp8         exact  FP4 weights to FP8 by the published rule, a verdict for every tile
+fp4_to_bf16        exact  FP4 weights to BF16, and whether all of it fits
+fp8_to_bf16        exact  FP8 weights to BF16, the same
+quantise_fp4       exact  weights to FP4 by a scale rule, and what it cost
+quantise_fp8       exact  weights to FP8, the same
 act_quant          exact  activations to FP8, one power-of-two scale per group
 fp4_act_quant      exact  activations to FP4, the same
 block_dequant      exact  FP8 and FP4 with block scales to numbers
@@ -30,8 +35,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from dsv4_quant.config import FP8_BLOCK
 from dsv4_quant.formats.blocks import FP4, Format
+from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.defaults import ACT_GROUP, FP4_GROUP, FP8
+from dsv4_quant.kernels.fp4_to_fp8_torch import Fp8Tiles
+from dsv4_quant.kernels.quantise_blocks_torch import Quantised
 
 Backend = Literal["torch", "triton"]
 
@@ -74,6 +83,69 @@ def _call(name: str, backend: Backend | None, operands: tuple[Tensor, ...], *res
     device = operands[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return operation(*operands, *rest)
+
+
+def fp4_to_fp8(
+    codes: Tensor,
+    scales: Tensor,
+    fmt: Format = FP4,
+    target: Format = FP8,
+    *,
+    backend: Backend | None = None,
+) -> Fp8Tiles:
+    """E4M3 codes ``[..., R, C]`` of a stack of FP4 weights, and a verdict for every tile.
+
+    All of it: ``fp4_to_fp8_torch.fp4_to_fp8``.
+    """
+    return cast(Fp8Tiles, _call("fp4_to_fp8", backend, (codes, scales), fmt, target))
+
+
+def fp4_to_bf16(
+    codes: Tensor, scales: Tensor, fmt: Format = FP4, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """bfloat16 values ``[..., R, C]`` of a stack of FP4 weights, and flags ``[...]``.
+
+    All of it: ``fp4_to_bf16_torch.fp4_to_bf16``.
+    """
+    return cast(tuple[Tensor, Tensor], _call("fp4_to_bf16", backend, (codes, scales), fmt))
+
+
+def fp8_to_bf16(
+    codes: Tensor, scales: Tensor, fmt: Format = FP8, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """bfloat16 values ``[..., R, C]`` of a stack of FP8 weights, and flags ``[...]``.
+
+    All of it: ``fp8_to_bf16_torch.fp8_to_bf16``.
+    """
+    return cast(tuple[Tensor, Tensor], _call("fp8_to_bf16", backend, (codes, scales), fmt))
+
+
+def quantise_fp4(
+    x: Tensor,
+    rule: ScaleRule = ScaleRule.LEAST_SQUARES,
+    group: int = FP4_GROUP,
+    *,
+    backend: Backend | None = None,
+) -> Quantised:
+    """Packed E2M1 codes ``[..., R, C / 2]``, E8M0 scales and the cost of a stack of weights.
+
+    All of it: ``quantise_fp4_torch.quantise_fp4``.
+    """
+    return cast(Quantised, _call("quantise_fp4", backend, (x,), rule, group))
+
+
+def quantise_fp8(
+    x: Tensor,
+    rule: ScaleRule = ScaleRule.LEAST_SQUARES,
+    block: tuple[int, int] = FP8_BLOCK,
+    *,
+    backend: Backend | None = None,
+) -> Quantised:
+    """E4M3 codes ``[..., R, C]``, E8M0 scales and the cost of a stack of weights.
+
+    All of it: ``quantise_fp8_torch.quantise_fp8``.
+    """
+    return cast(Quantised, _call("quantise_fp8", backend, (x,), rule, block))
 
 
 def act_quant(

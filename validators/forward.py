@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv4_quant.checkpoint import Checkpoint
-from dsv4_quant.errors import Dsv4Error, NotANumberError
+from dsv4_quant.errors import Dsv4Error, NotANumberError, UnreadableError, UsageError
 from dsv4_quant.fingerprint.compare import Comparison, Step, compare
 from dsv4_quant.fingerprint.document import Fingerprint, Measured, describe_model
 from dsv4_quant.fingerprint.gates import Gate, begins, broken, choose_gate
@@ -38,6 +38,8 @@ class Verdict:
     why: str
     comparison: Comparison | None
     findings: tuple[Finding, ...]
+    weights: int = 0
+    """How many weights the pass used."""
 
     @property
     def text(self) -> str:
@@ -79,12 +81,13 @@ def check_fingerprint(
     measured = recorded.measured
     if measured is not None and (wrong := tuple(_other_model(measured, ckpt))):
         return Verdict(None, "the config describes another model", None, wrong)
+    _check_ids(recorded, ckpt)
     script, findings = _script(recorded.script, ckpt)
     try:
         fresh = record(ckpt, script, threads=threads, progress=progress)
-    except NotANumberError as stopped:
+    except (NotANumberError, UnreadableError) as stopped:
         meaning = "The pass was stopped there. `dsv4-quant verify` finds the weight, if one is NaN."
-        found = error(CHECK, stopped.what, meaning)
+        found = error(CHECK, stopped.what, meaning, tensor=stopped.tensor)
         return Verdict(None, "the pass gave no numbers", None, (*findings, found))
     assert fresh.fingerprint.measured is not None
     chosen, why = choose_gate(recorded, fresh.fingerprint.measured, gate)
@@ -92,7 +95,8 @@ def check_fingerprint(
     if measured is not None:
         findings += _digest_findings(measured, ckpt, chosen)
     findings += _judge(ckpt, comparison, chosen, why, fresh)
-    return Verdict(chosen, why, comparison, tuple(findings))
+    used = _used(ckpt, fresh.fingerprint.measured, script)
+    return Verdict(chosen, why, comparison, tuple(findings), used)
 
 
 def _other_model(measured: Measured, ckpt: Checkpoint) -> Iterator[Finding]:
@@ -104,6 +108,17 @@ def _other_model(measured: Measured, ckpt: Checkpoint) -> Iterator[Finding]:
                         " both configs is wrong.", expected=f"{key} {theirs}")  # fmt: skip
 
 
+def _check_ids(recorded: Fingerprint, ckpt: Checkpoint) -> None:
+    """Ids of tokens are the model's to check; those of spots it never sees."""
+    highest = max(max(spot.ids) for prompt in recorded.spots for spot in prompt)
+    if highest >= ckpt.config.vocab_size:
+        raise UsageError(
+            f"The fingerprint names token {highest}; the vocabulary ends at"
+            f" {ckpt.config.vocab_size - 1}",
+            hint="It is of a model with another tokenizer.",
+        )
+
+
 def _script(script: Script, ckpt: Checkpoint) -> tuple[Script, list[Finding]]:
     """What can be run on this checkpoint: some come without their MTP block."""
     if not script.mtp or ckpt.config.num_mtp_blocks:
@@ -111,6 +126,15 @@ def _script(script: Script, ckpt: Checkpoint) -> tuple[Script, list[Finding]]:
     found = warning(CHECK, "no MTP block", "The fingerprint has one; its tensors are not judged.",
                     expected="the tensors under mtp.0")  # fmt: skip
     return replace(script, mtp=False), [found]
+
+
+def _used(ckpt: Checkpoint, measured: Measured, script: Script) -> int:
+    hit, blocks = measured.experts_hit, ckpt.config.num_hidden_layers + script.mtp
+    return sum(
+        spec.layer is None
+        or (spec.layer < blocks and (spec.expert is None or spec.expert in hit[spec.layer]))
+        for spec in ckpt.specs.values()
+    )
 
 
 def _digest_findings(measured: Measured, ckpt: Checkpoint, gate: Gate) -> list[Finding]:
@@ -146,10 +170,10 @@ def _judge(
         "lossy": "More than requantising does: tokens will differ.",
     }
     apart = "" if found.kl is None else f"; KL {found.kl:.2g} nats"
-    summary = f"{'; '.join(demands)} (gate {gate}: {why}{apart})"
+    summary = f"gate {gate} does not hold ({why}): {'; '.join(demands)}{apart}"
     yield error(CHECK, summary, advice[gate])
-    if gate != "lossy":
-        yield from _table_findings(ckpt, found)
+    if gate != "lossy" and found.tables:
+        yield _table_finding(ckpt, found)
     if (step := begins(found, gate)) is not None:
         yield _place(ckpt, step, gate, fresh)
 
@@ -163,12 +187,13 @@ def _holds_numerically(found: Comparison, why: str) -> Finding:
     )
 
 
-def _table_findings(ckpt: Checkpoint, found: Comparison) -> Iterator[Finding]:
-    for group in found.tables:
-        names = tables_of(ckpt, group)
-        which = names[0] if len(names) == 1 else None
-        what = f"values differ in {which or f'{len(names)} weights of {group}'}"
-        yield error(CHECK, what, f"Look at {', '.join(names)}.", tensor=which)
+def _table_finding(ckpt: Checkpoint, found: Comparison) -> Finding:
+    names = [name for group in found.tables for name in tables_of(ckpt, group)]
+    if len(names) == 1:
+        what = "values differ, though the pass need not show it"
+        return error(CHECK, what, "Look at this tensor.", tensor=names[0])
+    what = f"values differ in {', '.join(found.tables)}, though the pass need not show it"
+    return error(CHECK, what, _look_at(names))
 
 
 def _place(ckpt: Checkpoint, step: Step, gate: Gate, fresh: Recording) -> Finding:
@@ -181,10 +206,14 @@ def _place(ckpt: Checkpoint, step: Step, gate: Gate, fresh: Recording) -> Findin
     at = f" at {reached} of {len(rows)} positions" if rows else ""
     verb = "grow apart most" if gate == "lossy" else "first differ"
     size = f"{step.farthest:.2g}" if step.farthest > SMALLEST else f"less than {SMALLEST}"
-    what = f"the streams {verb} after {step.name}{at}, by up to {size} of their size"
+    what = f"streams {verb} after {step.name}{at}, by up to {size} of their size"
     if step.part == "head":
-        what = f"the streams are equal, the logits of {step.name} differ"
+        what = f"streams are equal, the logits of {step.name} differ"
     if len(names) == 1:
         return error(CHECK, what, "Look at this tensor.", tensor=names[0])
+    return error(CHECK, what, _look_at(names))
+
+
+def _look_at(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return error(CHECK, what, f"Look at {', '.join(names[:LISTED])}{more}.")
+    return f"Look at {', '.join(names[:LISTED])}{more}."

@@ -144,6 +144,8 @@ class Report:
     findings: tuple[Finding, ...]
     digest: str | None = None
     seconds: float = 0.0
+    forward: str | None = None
+    """The gate of the level ``forward``, why it applied, and its figures, in a line."""
 
     @property
     def errors(self) -> int:
@@ -169,6 +171,7 @@ class Report:
             "errors": self.errors,
             "warnings": self.warnings,
             "value_digest": self.digest,
+            "forward": self.forward,
             "seconds": round(self.seconds, 3),
             "checks": [asdict(check) | {"seconds": round(check.seconds, 3)}
                        for check in self.checks],

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
@@ -21,11 +22,14 @@ from dsv4_quant.validators.against import judge_against
 from dsv4_quant.validators.checksums import files_to_hash, judge_hashes
 from dsv4_quant.validators.claims import Claims, read_claims
 from dsv4_quant.validators.present import present_files
-from dsv4_quant.validators.report import LEVELS, Check, Finding, Level, Report, ordered
+from dsv4_quant.validators.report import LEVELS, Check, Finding, Level, Report, error, ordered
 from dsv4_quant.validators.structure import judge_structure
 from dsv4_quant.validators.subject import Subject
 from dsv4_quant.validators.values import ValuesPass
 from dsv4_quant.validators.work import Work
+
+if TYPE_CHECKING:
+    from dsv4_quant.fingerprint.gates import Gate
 
 
 def verify(
@@ -33,6 +37,8 @@ def verify(
     level: Level = "values",
     *,
     against: str | Path | None = None,
+    fingerprint: Path | None = None,
+    gate: Gate | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -41,17 +47,23 @@ def verify(
     Args:
         path: the folder.
         level: structure (headers, index, configs), checksums (every byte against manifest,
-            SHA256SUMS and the hub) or values (every number); each includes those before it.
+            SHA256SUMS and the hub), values (every number) or forward (what the model says); each
+            includes those before it.
         against: another checkpoint's folder, in any layout and format, whose values, config and
-            small files must be the same. Needs the level ``values``.
+            small files must be the same. Needs the level ``values`` at least.
+        fingerprint: what the level ``forward`` compares with.
+        gate: bit, numeric or lossy; the strictest that the machines allow if not given.
         workers: threads; one per core if not given.
         progress: is told how far it is.
 
     Raises:
         UnreadableError: the folder, or the other one, is no checkpoint at all.
-        UsageError: the level and ``against`` do not go together.
+        UsageError: the level and what it is to compare with do not go together.
     """
-    return judge(path, level, against=against, workers=workers, progress=progress).report
+    return judge(
+        path, level,
+        against=against, fingerprint=fingerprint, gate=gate, workers=workers, progress=progress,
+    ).report  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,8 @@ def judge(
     level: Level = "values",
     *,
     against: str | Path | None = None,
+    fingerprint: Path | None = None,
+    gate: Gate | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     to_pin: bool = False,
@@ -78,7 +92,7 @@ def judge(
 
     ``to_pin``: what manifest and SHA256SUMS say is not asked, and every file is hashed.
     """
-    _check_request(level, against)
+    _check_request(level, against, fingerprint)
     began = time.monotonic()
     progress = progress or NoProgress()
     has_bytes, has_values = LEVELS.index(level) >= 1, LEVELS.index(level) >= 2
@@ -97,7 +111,7 @@ def judge(
             work.to_hash = files_to_hash(claims, sizes)
             findings += wrong
         values = _values_pass(subject, other, progress, stack) if has_values else None
-        progress.stage(level)
+        progress.stage("values" if has_values else level)
         work.run(values, workers or os.cpu_count() or 1)
     if has_bytes:
         findings += [*work.findings, *judge_hashes(claims, sizes, work.hashes)]
@@ -107,23 +121,33 @@ def judge(
         wrong, more = _conclude(subject, values, claims)
         findings += wrong
         checks += more
+    said = None
+    if fingerprint is not None:
+        wrong, check, said = _forward(subject, fingerprint, gate, workers, progress)
+        findings += wrong
+        checks.append(check)
     digests = {} if values is None else values.digests
     report = Report(
         str(path), level, tuple(checks), ordered(findings),
-        _model_digest(subject, digests), time.monotonic() - began,
+        _model_digest(subject, digests), time.monotonic() - began, said,
     )  # fmt: skip
     return Judgement(report, subject, sizes, work.hashes, digests)
 
 
-def _check_request(level: str, against: str | Path | None) -> None:
+def _check_request(level: str, against: str | Path | None, fingerprint: Path | None) -> None:
     if level not in LEVELS:
         raise UsageError(f"No such level: {level}", hint=f"Levels: {', '.join(LEVELS)}.")
-    if level == "forward":
+    if fingerprint is not None and level != "forward":
+        raise UsageError(
+            f"The level {level} runs no forward pass to compare with a fingerprint",
+            hint="Leave --level out, or say --level forward.",
+        )
+    if level == "forward" and fingerprint is None:
         raise UsageError(
             "The level forward compares with a fingerprint, and none was given",
             hint="`dsv4-quant fingerprint` records one.",
         )
-    if against is not None and level != "values":
+    if against is not None and LEVELS.index(level) < LEVELS.index("values"):
         raise UsageError(
             f"The level {level} reads no values to compare",
             hint="Leave --level out, or say --level values.",
@@ -154,6 +178,30 @@ def _conclude(
         return [], [Check("values", skipped=held)]
     recorded = {} if claims.manifest is None else claims.manifest.tensors
     return values.conclude({name: record.digest for name, record in recorded.items()})
+
+
+def _forward(
+    subject: Subject,
+    fingerprint: Path,
+    gate: Gate | None,
+    workers: int | None,
+    progress: Progress,
+) -> tuple[list[Finding], Check, str]:
+    """The pass, unless a weight is missing: the other levels say which."""
+    from dsv4_quant.validators.forward import check_fingerprint  # only here: it loads PyTorch
+
+    began = time.monotonic()
+    ckpt = subject.checkpoint()
+    if ckpt is None or subject.catalogue is None or subject.catalogue.specs.keys() - subject.sound:
+        text = "the forward pass was not run"
+        found = error("fingerprint", text, "Weights are missing; the other findings say which.")
+        return [found], Check("forward"), text
+    with ckpt:
+        verdict = check_fingerprint(
+            ckpt, fingerprint, gate=gate, threads=workers, progress=progress
+        )
+    check = Check("forward", tensors=verdict.weights, seconds=time.monotonic() - began)
+    return list(verdict.findings), check, verdict.text
 
 
 def _model_digest(subject: Subject, digests: Mapping[str, str]) -> str | None:

@@ -26,6 +26,8 @@ CLEAR = 1.0
 class Step:
     """One step of the pass, a sub-layer or a head, in both."""
 
+    name: str
+    """Such as ``layer 3 ffn``, ``head`` or ``mtp.0 attn``."""
     layer: int | None
     """Counts on through the MTP block; None for the model's own head."""
     part: Part
@@ -37,11 +39,6 @@ class Step:
     """The largest over the prompts."""
     rows: tuple[Row, ...] = ()
     """Which positions a difference has reached; none of a head."""
-
-    @property
-    def name(self) -> str:
-        """Such as ``layer 3 ffn``."""
-        return "head" if self.layer is None else f"layer {self.layer} {self.part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +147,7 @@ def divergence(one: Doubles, other: Doubles) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
+    name: str
     layer: int | None
     part: Part
     prompts: tuple[Digest, ...]
@@ -159,20 +157,22 @@ class _Stage:
 def _stages(measured: Measured) -> Iterator[_Stage]:
     """The order of the pass: layers, head, MTP block, its head."""
     layers = measured.model["num_hidden_layers"]
-    for seen in measured.streams:
-        if (seen.layer, seen.part) == (layers, "attn"):
-            yield _Stage(None, "head", measured.logits)
-        yield _Stage(seen.layer, seen.part, seen.prompts, seen.rows)
-    if measured.mtp_logits:
-        yield _Stage(layers, "head", measured.mtp_logits)
-    else:
-        yield _Stage(None, "head", measured.logits)
+    own, drafted = measured.streams[: 2 * layers], measured.streams[2 * layers :]
+    for seen in own:
+        name = f"layer {seen.layer} {seen.part}"
+        yield _Stage(name, seen.layer, seen.part, seen.prompts, seen.rows)
+    yield _Stage("head", None, "head", measured.logits)
+    for seen in drafted:
+        yield _Stage(f"mtp.0 {seen.part}", seen.layer, seen.part, seen.prompts, seen.rows)
+    if drafted:
+        yield _Stage("mtp.0 head", layers, "head", measured.mtp_logits)
 
 
 def _steps(theirs: Measured, mine: Measured, script: Script, routes: Routes) -> Iterator[Step]:
     for one, other in zip(_stages(theirs), _stages(mine), strict=False):
         apart = [distance([a], [b]) for a, b in zip(one.prompts, other.prompts, strict=True)]
         yield Step(
+            name=one.name,
             layer=one.layer,
             part=one.part,
             is_equal=[d.hash for d in one.prompts] == [d.hash for d in other.prompts],

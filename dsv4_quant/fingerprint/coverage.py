@@ -70,7 +70,8 @@ def _missed(
         if len(experts) < config.n_routed_experts
     ]
     if lacking:
-        more = f" and in {len(lacking) - 4} more layers" if len(lacking) > 4 else ""
+        rest = len(lacking) - 4
+        more = f" and in {rest} more layer{'s' if rest > 1 else ''}" if rest > 0 else ""
         found.append(f"experts: {', '.join(lacking[:4])}{more}")
     if not script.mtp and config.num_mtp_blocks:
         found.append("the tensors under mtp: that block's forward pass was not run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.cli.main import app
+from dsv4_quant.cli.progress import Lines
 from dsv4_quant.cli.tokens import MAX_TOKENS, read_tokens
 from dsv4_quant.errors import UnreadableError
 from dsv4_quant.model import forward
@@ -72,6 +74,23 @@ def test_facts_and_progress(tokens: Path, tmp_path: Path) -> None:
     assert len(said["experts_hit"]) == 5 and all(said["experts_hit"])
     quiet = run(golden("tiny-fp4"), "--tokens", tokens, "--output", out, "--quiet")
     assert (quiet.stdout, quiet.stderr, quiet.exit_code) == ("", "", 0)
+
+
+def test_layers_are_counted_and_the_time_left_is_told() -> None:
+    stream, now = io.StringIO(), [0.0]
+    lines = Lines(stream, lambda: now[0])
+    lines.stage("forward pass", "steps")
+    lines.total(45)
+    for _ in range(3):
+        now[0] += 10
+        lines.advance(1)
+    lines.close()
+    assert stream.getvalue().splitlines()[1:] == [
+        "forward pass: 1 of 45 steps (2 %), 7 min 20 s left",
+        "forward pass: 2 of 45 steps (4 %), 7 min 10 s left",
+        "forward pass: 3 of 45 steps (6 %), 7 min 0 s left",
+        "forward pass: 3 steps in 30 s",
+    ]
 
 
 def test_a_file_that_was_there_is_replaced_only_by_a_whole_one(

@@ -32,7 +32,7 @@ def test_whatever_is_missed_is_said() -> None:
         "no window of 128 tokens is ever finished",
         "there are never more compressed entries than index_topk 512",
         "experts: 254 of 256 in layer 0, 254 of 256 in layer 1, 254 of 256 in layer 2,"
-        " 254 of 256 in layer 3 and in 1 more layers",
+        " 254 of 256 in layer 3 and in 1 more layer",
     )
 
 

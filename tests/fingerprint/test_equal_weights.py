@@ -1,4 +1,4 @@
-"""The same weights in another layout, GPU count or format have the same fingerprint, bit for bit."""
+"""The same weights in another layout, GPU count or format: the same fingerprint, bit for bit."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_this_machine_is_of_its_own_class() -> None:
     assert not Machine.here().differences(Machine.here())
 
 
-EQUAL = Step(0, "attn", True, 0.0, 0.0)
+EQUAL = Step("layer 0 attn", 0, "attn", True, 0.0, 0.0)
 SPOT = Apart(0, 0, True, 0.0, 0.0)
 
 
@@ -89,7 +89,7 @@ def made(**change: object) -> Comparison:
     assert isinstance(count, int)
     step = {key: change[key] for key in ("is_equal", "typical", "farthest") if key in change}
     spots = [replace(SPOT, **spot)] * count + [SPOT] * (10 - count)
-    return Comparison(tuple(spots), (*[EQUAL] * 9, replace(EQUAL, layer=4, **step)))
+    return Comparison(tuple(spots), (*[EQUAL] * 9, replace(EQUAL, name="layer 4 attn", **step)))
 
 
 def test_bit_forgives_nothing() -> None:
@@ -124,7 +124,7 @@ def test_lossy_looks_at_the_distributions_alone() -> None:
 
 def test_lossy_points_where_the_distance_grows_most() -> None:
     sizes = [0.1, 0.12, 0.5, 0.55, 0.3, 0.6]
-    steps = tuple(Step(i, "ffn", False, size, size) for i, size in enumerate(sizes))
+    steps = tuple(Step(f"{i}", i, "ffn", False, size, size) for i, size in enumerate(sizes))
     place = begins(Comparison((SPOT,), steps), "lossy")
     assert place is not None and place.layer == 2
 
@@ -157,6 +157,6 @@ def test_a_recording_against_itself(recording: Recording) -> None:
     assert found.logit == pytest.approx(0, abs=1e-8), "nine digits of float32 are exact"
     assert [step.name for step in found.steps[:2]] == ["layer 0 attn", "layer 0 ffn"]
     assert [step.name for step in found.steps[-4:]] == [
-        "head", "layer 5 attn", "layer 5 ffn", "layer 5 head",
+        "head", "mtp.0 attn", "mtp.0 ffn", "mtp.0 head",
     ]  # fmt: skip
     assert not any(row.differs for step in found.steps for row in step.rows)

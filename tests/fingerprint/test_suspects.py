@@ -1,4 +1,4 @@
-"""Which tensors a pattern of reached positions points at. (What real changes give: DETECTION.md.)"""
+"""Which tensors a pattern of reached positions points at. DETECTION.md: what real changes give."""
 
 from __future__ import annotations
 

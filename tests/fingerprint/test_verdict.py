@@ -62,7 +62,7 @@ def test_one_code_of_every_expert(ckpt: Checkpoint, recording: Recording) -> Non
             flip = Flip(name, False, int(draw.integers(size)), int(draw.choice([1, 16])))
             verdict = check_fingerprint(Altered(ckpt, flip), recorded, threads=1)
             assert verdict.gate == "bit" and errors(verdict), flip
-            assert f"layer {layer} ffn" in errors(verdict)[1]
+            assert ("mtp.0 ffn" if layer == 5 else f"layer {layer} ffn") in errors(verdict)[1]
             assert name in errors(verdict)[1], flip
             tried += 1
     assert tried > 40
@@ -74,9 +74,9 @@ def test_one_code_of_every_expert(ckpt: Checkpoint, recording: Recording) -> Non
         ("embed.weight", "layer 0 attn"),
         ("layers.2.attn.wo_a.weight", "layer 2 attn"),
         ("layers.3.ffn.shared_experts.w2.weight", "layer 3 ffn"),
-        ("mtp.0.e_proj.weight", "layer 5 attn"),
+        ("mtp.0.e_proj.weight", "mtp.0 attn"),
         ("head.weight", "the logits of head differ"),
-        ("mtp.0.norm.weight", "the logits of layer 5 head differ"),
+        ("mtp.0.norm.weight", "the logits of mtp.0 head differ"),
     ],
 )
 def test_the_first_difference_is_named(
@@ -169,7 +169,7 @@ def test_requantised_weights_pass_the_lossy_gate_and_no_other() -> None:
 
 
 def test_another_vector_unit_is_another_machine(ckpt: Checkpoint, tmp_path: Path) -> None:
-    """PyTorch told to do without AVX rounds ``exp`` otherwise: numeric forgives it, bit does not."""
+    """PyTorch told to do without AVX rounds ``exp`` otherwise: numeric forgives, bit does not."""
     file = tmp_path / "f.json"
     done = subprocess.run(
         [sys.executable, "-m", "dsv4_quant", "fingerprint", str(ckpt.root), "--output", str(file)],
@@ -193,6 +193,9 @@ def test_what_cannot_be_done(ckpt: Checkpoint, recording: Recording, tmp_path: P
         check_fingerprint(ckpt, served, gate="bit")
     with pytest.raises(UnreadableError):
         check_fingerprint(ckpt, tmp_path / "none.json")
+    spot = replace(served.spots[0][0], ids=(512, *served.spots[0][0].ids[1:]))
+    with pytest.raises(UsageError, match="names token 512"):
+        check_fingerprint(ckpt, replace(served, spots=((spot,), *served.spots[1:])))
     beyond = replace(
         served, script=replace(served.script, prompts=((600,), *served.script.prompts[1:]))
     )

@@ -18,6 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dsv4_quant.formats.blocks import FP4, fp8
+from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels import ops
 
 
@@ -45,7 +46,16 @@ launch, JITFunction.run = JITFunction.run, compile_only
 driver.set_active(PaperDriver())
 ops.choose_backend = lambda backend, *operands: "triton"
 
+packed = torch.zeros(2, 256, 256, dtype=torch.uint8)
+scales = torch.zeros(2, 256, 16, dtype=torch.uint8)
+ops.fp4_to_fp8(packed, scales)
+ops.fp4_to_bf16(packed, scales)
+for tile_scales in (torch.zeros(2, 2, 4, dtype=torch.uint8), torch.zeros(2, 2, 4)):
+    ops.fp8_to_bf16(torch.zeros(2, 256, 512, dtype=torch.uint8), tile_scales)
 for dtype in (torch.bfloat16, torch.float32):
+    for rule in ScaleRule:
+        ops.quantise_fp4(torch.zeros(2, 256, 512, dtype=dtype), rule)
+        ops.quantise_fp8(torch.zeros(2, 256, 512, dtype=dtype), rule)
     x = torch.zeros(64, 512, dtype=dtype)
     codes, scales = ops.act_quant(x)
     ops.fp4_act_quant(x)
@@ -76,6 +86,10 @@ def test_every_kernel_compiles(tmp_path):
     assert run.returncode == 0, run.stderr
     compiled = {line.split()[0] for line in run.stdout.splitlines()}
     assert compiled == {
+        "_fp4_to_fp8_kernel",
+        "_fp4_to_bf16_kernel",
+        "_fp8_to_bf16_kernel",
+        "_quantise_blocks_kernel",
         "_act_quant_kernel",
         "_fp4_act_quant_kernel",
         "_block_dequant_kernel",

@@ -12,6 +12,11 @@ import torch
 from dsv4_quant.kernels import ops
 
 OPERATIONS = [
+    "fp4_to_fp8",
+    "fp4_to_bf16",
+    "fp8_to_bf16",
+    "quantise_fp4",
+    "quantise_fp8",
     "act_quant",
     "fp4_act_quant",
     "block_dequant",

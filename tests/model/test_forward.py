@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -58,6 +58,19 @@ def test_an_observer_sees_every_sub_layer(source: MemorySource) -> None:
     assert result.experts_hit == hit and diary.experts[0, 1].shape == (9, 2)
     assert [x.shape for x in result.logits] == [(5, 96), (9, 96)]
     assert result.mtp_logits is not None and result.mtp_logits[1].shape == (9, 96)
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "deployed"])
+def test_bfloat16_activations_are_what_bfloat16_holds(
+    source: MemorySource, arithmetic: Literal["exact", "deployed"]
+) -> None:
+    prompt, diary = tokens(source, 40), Diary()
+    rounded = forward(
+        source, [prompt], arithmetic=arithmetic, activations="bfloat16", observer=diary
+    ).logits[0]
+    assert torch.equal(diary.last[0].bfloat16().float(), diary.last[0])
+    plain = forward(source, [prompt]).logits[0]
+    assert 0 < (rounded - plain).abs().mean() < 0.3, "another arithmetic of the same model"
 
 
 def test_hash_layers_go_by_the_table(source: MemorySource) -> None:

@@ -6,6 +6,7 @@ two right answers differ; with 16 index heads a score is never exactly 0, and th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For transformers; its many small operations only get slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_position(name: str) -> None:
     source = random_source(seed=len(name), **CONFIGS[name])
@@ -106,7 +116,6 @@ def test_golden_checkpoints(case: str) -> None:
 
 def compare(source: Any, their: torch.nn.Module, lengths: list[int]) -> None:
     prompts = [tokens(source, length, seed=length) for length in lengths]
-    torch.set_num_threads(1)
     with torch.no_grad():
         expected = [their(torch.tensor([prompt])).logits[0] for prompt in prompts]
     for decode in (0, 5):
