@@ -13,9 +13,9 @@ from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.tables import duration, size, table
-from dsv4_quant.convert.request import Request
-from dsv4_quant.convert.run import ConvertReport, convert
-from dsv4_quant.convert.summary import PlanSummary, plan_conversion
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.conversion.run import ConvertReport, convert
+from dsv4_quant.conversion.summary import PlanSummary, plan_conversion
 from dsv4_quant.hub import resolve
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

@@ -10,7 +10,7 @@ import typer
 from dsv4_quant.cli import conversion
 from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src
 from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
-from dsv4_quant.convert.request import Request
+from dsv4_quant.conversion.request import Request
 from dsv4_quant.errors import UsageError
 
 

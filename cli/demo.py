@@ -19,11 +19,11 @@ from dsv4_quant.cli.conversion import proofs
 from dsv4_quant.cli.options import Debug, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.tables import duration, size
-from dsv4_quant.convert.request import Request
-from dsv4_quant.convert.run import convert
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.conversion.run import convert
 from dsv4_quant.errors import UsageError
 from dsv4_quant.inspection import inspect
-from dsv4_quant.synth import synth
+from dsv4_quant.synthesis import synth
 from dsv4_quant.validators.verify import verify
 
 

@@ -17,11 +17,11 @@ from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.tokens import read_tokens
 from dsv4_quant.errors import UsageError
-from dsv4_quant.fingerprint.coverage import Coverage
-from dsv4_quant.fingerprint.document import Fingerprint, Measured
-from dsv4_quant.fingerprint.file import to_json
-from dsv4_quant.fingerprint.make import make_fingerprint
-from dsv4_quant.fingerprint.served import import_served
+from dsv4_quant.fingerprints.coverage import Coverage
+from dsv4_quant.fingerprints.document import Fingerprint, Measured
+from dsv4_quant.fingerprints.file import to_json
+from dsv4_quant.fingerprints.make import make_fingerprint
+from dsv4_quant.fingerprints.served import import_served
 from dsv4_quant.hub import resolve
 
 

@@ -13,7 +13,7 @@ from dsv4_quant.cli.options import Debug, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.tables import size
-from dsv4_quant.synth import synth
+from dsv4_quant.synthesis import synth
 
 
 class Experts(StrEnum):

@@ -14,25 +14,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv4_quant.checkpoint.digesting import digest
     from dsv4_quant.checkpoint.reader import Checkpoint
-    from dsv4_quant.convert.request import Request
-    from dsv4_quant.convert.run import convert
-    from dsv4_quant.convert.summary import plan_conversion
+    from dsv4_quant.conversion.request import Request
+    from dsv4_quant.conversion.run import convert
+    from dsv4_quant.conversion.summary import plan_conversion
+    from dsv4_quant.fingerprints.make import make_fingerprint
+    from dsv4_quant.hub import resolve
     from dsv4_quant.inspection import inspect
-    from dsv4_quant.synth import synth
+    from dsv4_quant.model.forward import forward
+    from dsv4_quant.synthesis import synth
+    from dsv4_quant.validators.pin import make_manifest
+    from dsv4_quant.validators.verify import verify
 
 __version__ = "0.1.0"
 
 _VERBS = {
     "Checkpoint": "dsv4_quant.checkpoint.reader",
-    "Request": "dsv4_quant.convert.request",
-    "convert": "dsv4_quant.convert.run",
+    "Request": "dsv4_quant.conversion.request",
+    "convert": "dsv4_quant.conversion.run",
+    "digest": "dsv4_quant.checkpoint.digesting",
+    "forward": "dsv4_quant.model.forward",
     "inspect": "dsv4_quant.inspection",
-    "plan_conversion": "dsv4_quant.convert.summary",
-    "synth": "dsv4_quant.synth",
+    "make_fingerprint": "dsv4_quant.fingerprints.make",
+    "make_manifest": "dsv4_quant.validators.pin",
+    "plan_conversion": "dsv4_quant.conversion.summary",
+    "resolve": "dsv4_quant.hub",
+    "synth": "dsv4_quant.synthesis",
+    "verify": "dsv4_quant.validators.verify",
 }
+"""Verb -> the module that holds it. No module may have a verb's name: importing it would win."""
 
-__all__ = ["Checkpoint", "Request", "convert", "inspect", "plan_conversion", "synth"]
+__all__ = [
+    "Checkpoint",
+    "Request",
+    "convert",
+    "digest",
+    "forward",
+    "inspect",
+    "make_fingerprint",
+    "make_manifest",
+    "plan_conversion",
+    "resolve",
+    "synth",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

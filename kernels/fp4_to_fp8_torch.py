@@ -49,9 +49,7 @@ class Fp8Tiles(NamedTuple):
     top: Tensor
 
 
-def fp4_to_fp8(
-    codes: Tensor, scales: Tensor, fmt: Format = FP4, target: Format = FP8
-) -> Fp8Tiles:
+def fp4_to_fp8(codes: Tensor, scales: Tensor, fmt: Format = FP4, target: Format = FP8) -> Fp8Tiles:
     """Cast a stack of matrices; code 8 (-0) becomes +0, as published.
 
     Where a tile is not exact its codes are the nearest ones, ties to even; where one of its scales

@@ -143,9 +143,7 @@ def _fp4_to_fp8_kernel(
     tl.store(top_ptr + program, top.to(tl.uint8))
 
 
-def fp4_to_fp8(
-    codes: Tensor, scales: Tensor, fmt: Format = FP4, target: Format = FP8
-) -> Fp8Tiles:
+def fp4_to_fp8(codes: Tensor, scales: Tensor, fmt: Format = FP4, target: Format = FP8) -> Fp8Tiles:
     """See the definition, ``fp4_to_fp8_torch.fp4_to_fp8``."""
     group, tile = check_cast(codes, scales, fmt, target)
     *stack, rows, groups = scales.shape

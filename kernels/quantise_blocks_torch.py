@@ -79,8 +79,9 @@ def statistics(result: Quantised, values: int) -> list[Statistics]:
         result: of quantise_fp4 or quantise_fp8, on any device.
         values: how many values one matrix holds.
     """
-    matrices = math.prod(result.scales.shape[:-2])
-    scales, *figures = (part.cpu().numpy().reshape(matrices, -1) for part in result[1:])
+    *stack, h, w = result.scales.shape
+    matrices = math.prod(stack)
+    scales, *figures = (part.cpu().numpy().reshape(matrices, h * w) for part in result[1:])
     value_squares, error_squares, largest_errors, saturated, flushed = figures
     refused = scales == e8m0.NAN
     return [

@@ -27,15 +27,15 @@ LAYERS = (
     ("config", "formats"),
     ("catalogue", "kernels"),
     ("checkpoint", "releases"),
-    ("convert", "model", "inspection"),
-    ("synth_config", "synth_values", "synth_folder", "fingerprint"),
-    ("synth",),
+    ("conversion", "model", "inspection"),
+    ("synth_config", "synth_values", "synth_folder", "fingerprints"),
+    ("synthesis",),
     ("validators",),
     ("cli", "__init__"),
     ("__main__",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-MAY_IMPORT_TORCH = ("model", "fingerprint")
+MAY_IMPORT_TORCH = ("model", "fingerprints")
 
 
 @cache
@@ -131,8 +131,8 @@ def reachable(start: str) -> set[str]:
 
 def test_judges_never_import_the_accused() -> None:
     assert "checkpoint" in reachable("validators")
-    assert not {"convert", "synth", "cli"} & reachable("validators")
-    assert "model" not in reachable("convert") and "convert" not in reachable("model")
+    assert not {"conversion", "synthesis", "cli"} & reachable("validators")
+    assert "model" not in reachable("conversion") and "conversion" not in reachable("model")
 
 
 def test_only_the_command_line_prints() -> None:
@@ -159,7 +159,9 @@ def test_torch_stays_where_it_belongs() -> None:
 def test_the_conversion_path_reaches_no_torch() -> None:
     """By source: follow every import that importing convert, checkpoint and the face make."""
     trees = {module_of(path): tree for path, tree in sources().items()}
-    todo = [m for m in trees if m == "dsv4_quant" or m.split(".")[1] in ("convert", "checkpoint")]
+    todo = [
+        m for m in trees if m == "dsv4_quant" or m.split(".")[1] in ("conversion", "checkpoint")
+    ]
     seen = set(todo)
     while todo:
         module = todo.pop()
@@ -181,7 +183,7 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(
     "module",
-    ["dsv4_quant", "dsv4_quant.convert.run", "dsv4_quant.cli.main", "dsv4_quant.validators.verify",
+    ["dsv4_quant", "dsv4_quant.conversion.run", "dsv4_quant.cli.main", "dsv4_quant.validators.verify",
      "dsv4_quant.hub"],
 )  # fmt: skip
 def test_starting_imports_nothing_heavy(module: str) -> None:

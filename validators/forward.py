@@ -8,15 +8,15 @@ from pathlib import Path
 
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.errors import Dsv4Error, NotANumberError, UnreadableError, UsageError
-from dsv4_quant.fingerprint.compare import Comparison, Step, compare
-from dsv4_quant.fingerprint.document import Fingerprint, Measured, describe_model
-from dsv4_quant.fingerprint.gates import Gate, begins, broken, choose_gate
-from dsv4_quant.fingerprint.make import known_digest
-from dsv4_quant.fingerprint.parse import read_fingerprint
-from dsv4_quant.fingerprint.record import Recording, record
-from dsv4_quant.fingerprint.script import Script
-from dsv4_quant.fingerprint.suspects import suspects
-from dsv4_quant.fingerprint.tables import tables_of
+from dsv4_quant.fingerprints.compare import Comparison, Step, compare
+from dsv4_quant.fingerprints.document import Fingerprint, Measured, describe_model
+from dsv4_quant.fingerprints.gates import Gate, begins, broken, choose_gate
+from dsv4_quant.fingerprints.make import known_digest
+from dsv4_quant.fingerprints.parse import read_fingerprint
+from dsv4_quant.fingerprints.record import Recording, record
+from dsv4_quant.fingerprints.script import Script
+from dsv4_quant.fingerprints.suspects import suspects
+from dsv4_quant.fingerprints.tables import tables_of
 from dsv4_quant.progress import Progress
 from dsv4_quant.validators.report import Finding, error, warning
 

@@ -29,7 +29,7 @@ from dsv4_quant.validators.values import ValuesPass
 from dsv4_quant.validators.work import Work
 
 if TYPE_CHECKING:
-    from dsv4_quant.fingerprint.gates import Gate
+    from dsv4_quant.fingerprints.gates import Gate
 
 
 def verify(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
-from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
+from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest, model_digest
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.progress import NoProgress, Progress
@@ -45,11 +46,11 @@ def digest_tensors(
             panel = checkpoint.read_rows(name, start, stop)
             leaves = list(hasher.leaves(name, panel, start))
             with lock:  # a finished weight keeps its digest only: V4-Pro has 3 million leaves
-                digest = unfinished[name]
+                open_digest = unfinished[name]
                 for leaf in leaves:
-                    digest.add(*leaf)
-                if digest.is_complete:
-                    found[name] = digest.hexdigest()
+                    open_digest.add(*leaf)
+                if open_digest.is_complete:
+                    found[name] = open_digest.hexdigest()
                     del unfinished[name]
             progress.advance(panel.nbytes)
 
@@ -61,3 +62,12 @@ def digest_tensors(
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
     return sum(tensor.nbytes for tensor in checkpoint.stored(checkpoint.specs[name]))
+
+
+def digest(path: str | Path, *, workers: int | None = None) -> str:
+    """The value digest of a checkpoint folder: one line for the whole model.
+
+    Raises UnreadableError, NotANumberError or SourceChangedError.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        return model_digest(digest_tensors(checkpoint, workers=workers))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.digesting import digest_tensors
-from tests.convert.checkpoints import config, formats, write_checkpoint
+from tests.conversion.checkpoints import config, formats, write_checkpoint
 from tests.folders import INDEX, Loose, edited_json, golden, read_file, write_file
 
 Values = NDArray[Any]

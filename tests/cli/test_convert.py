@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from dsv4_quant.cli.conversion import parse_size
 from dsv4_quant.cli.main import app
-from dsv4_quant.convert.journal import FOLDER
+from dsv4_quant.conversion.journal import FOLDER
 from tests.folders import copy_of, edited_file, golden, shard_with
 
 TINY = golden("tiny-fp4")
@@ -153,7 +153,7 @@ def test_repack_there_and_back(tmp_path: Path) -> None:
 def test_ctrl_c_ends_it_soon_and_the_same_command_continues(presses: int, tmp_path: Path) -> None:
     slow = """
 import time
-from dsv4_quant.convert import stream
+from dsv4_quant.conversion import stream
 stream.cuts.__defaults__ = (1 << 20,)
 stream.BATCH_BYTES = 1 << 14
 real = stream.Stream._take

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dsv4_quant.cli.main import app
-from dsv4_quant.fingerprint.parse import read_fingerprint
+from dsv4_quant.fingerprints.parse import read_fingerprint
 from tests.folders import golden
 
 SERVED = {

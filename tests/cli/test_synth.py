@@ -8,7 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from dsv4_quant.cli.main import app
-from dsv4_quant.synth import synth
+from dsv4_quant.synthesis import synth
 from tests.folders import golden
 
 

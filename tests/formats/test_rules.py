@@ -44,22 +44,23 @@ FP4_WORST = [Fraction(3) + Fraction(1, 2**20)] + [Fraction(1, 4)] * 31
 FP8_WORST = [Fraction(225)] + [Fraction(1, 2**10)] * 63
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 64), min_size=31, max_size=31), st.integers(385, 768))
 @example([16] * 31, 385)
 @example([8] * 31, 385)
 @example([9] * 31, 386)
-def test_fp4_block_of_32_needs_two(others: list[int], largest: int) -> None:
+def test_fp4_blocks_of_32_need_two(others: list[int], largest: int) -> None:
     """In units of 2**s_max: 3 < largest <= 6, and any others in steps of 1/64 up to 1."""
     values = [Fraction(largest, 128)] + [Fraction(v, 64) for v in others]
-    errors = {k: error(values, "fp4", k) for k in range(-6, 4)}
-    assert min(errors, key=errors.__getitem__) in (0, -1) or errors[0] == min(errors.values())
+    best = min(error(values, "fp4", k) for k in (0, -1))
+    assert all(best <= error(values, "fp4", k) for k in (1, 2, -2, -3, -4))
 
 
-def test_the_worst_blocks() -> None:
-    for element, worst in (("fp4", FP4_WORST), ("fp8", FP8_WORST)):
-        errors = {k: error(worst, element, k) for k in range(-6, 3)}
-        assert errors[-1] < errors[0] < min(errors[k] for k in errors if k not in (0, -1))
+@pytest.mark.parametrize(("element", "worst"), [("fp4", FP4_WORST), ("fp8", FP8_WORST)])
+def test_the_worst_blocks(element: str, worst: list[Fraction]) -> None:
+    errors = {k: error(worst, element, k) for k in range(-6, 3)}
+    assert errors[-1] < errors[0] <= min(errors[1], errors[2])
+    assert errors[0] < min(errors[k] for k in range(-6, -1))
 
 
 @pytest.mark.parametrize("largest", [FP8_LOSING, 241, 247, 248, 249, 256, 271, 272, 300, 448])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dsv4_quant.checkpoint import Checkpoint
-from dsv4_quant.convert.request import Request
-from dsv4_quant.convert.run import convert
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.conversion.run import convert
 from dsv4_quant.model import batch, forward
 from tests.folders import golden
 from tests.model.random_model import random_source, tokens

@@ -12,7 +12,7 @@ from dsv4_quant.checkpoint.manifest import MANIFEST, SUMS, read_manifest
 from dsv4_quant.errors import UsageError, WriteError
 from dsv4_quant.validators.pin import make_manifest
 from dsv4_quant.validators.verify import verify
-from tests.convert.checkpoints import digests, tree
+from tests.conversion.checkpoints import digests, tree
 from tests.folders import copy_of, golden
 from tests.validators.damages import NORM, WO_A, lose, set_bytes
 

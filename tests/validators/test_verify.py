@@ -18,13 +18,13 @@ from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.header import build_header
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.config import read_config
-from dsv4_quant.convert.request import Request
-from dsv4_quant.convert.run import convert
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.conversion.run import convert
 from dsv4_quant.errors import SourceChangedError, UnreadableError, UsageError
 from dsv4_quant.validators.quantisation import config_differences
 from dsv4_quant.validators.report import Report
 from dsv4_quant.validators.verify import judge, verify
-from tests.convert.checkpoints import digests
+from tests.conversion.checkpoints import digests
 from tests.folders import INDEX, copy_of, edited_file, edited_json, golden
 from tests.validators.conftest import Sound
 from tests.validators.damages import IDS, NORM, SHARDS, W1, WO_A, set_bytes
@@ -257,7 +257,7 @@ def test_the_judge_never_loads_torch_or_the_converter(sound: Sound) -> None:
     code = (
         "import sys; from dsv4_quant.validators.verify import verify\n"
         f"assert verify({str(sound('fp4'))!r}).holds\n"
-        "bad = {m for m in sys.modules if m == 'torch' or m.startswith('dsv4_quant.convert')}\n"
+        "bad = {m for m in sys.modules if m == 'torch' or m.startswith('dsv4_quant.conversion')}\n"
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=60)

@@ -1,0 +1,55 @@
+"""How much memory a conversion may use, and what follows: panel size and threads.
+
+Measured: Python with numpy, numba, its kernels and BLAKE3 takes 150 MiB; a weight takes 3.5 to 5.2
+KiB until the manifest is written (its headers, plan, digest and proof). What remains is shared by
+panels: each thread holds one panel's source and output and the hashing buffers; as much again may
+wait to be hashed in order. A panel has at least one digest leaf and one row of blocks, so very wide
+weights need more than LEAST_VALUES.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dsv4_quant.checkpoint.panels import PANEL_VALUES, row_unit
+from dsv4_quant.conversion.plan import Plan, Step
+from dsv4_quant.errors import UsageError
+
+BASE_BYTES = 160 << 20
+WEIGHT_BYTES = 6 << 10
+VALUE_BYTES = 16
+"""Per thread and panel value: 4 source, 4 output, 8 waiting to be hashed."""
+
+LEAST_VALUES = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Threads, values per panel, and the peak memory that they imply."""
+
+    workers: int
+    panel_values: int
+    peak_bytes: int
+
+
+def budget(plan: Plan, *, workers: int | None, max_memory: int) -> Budget:
+    """Shares out the memory. Raises UsageError that names the least that would do."""
+    threads = workers or len(os.sched_getaffinity(0))
+    fixed = BASE_BYTES + WEIGHT_BYTES * len(plan.catalogue.specs)
+    narrowest = max(LEAST_VALUES, max(map(_least_values, plan.steps)))
+    least = fixed + narrowest * VALUE_BYTES
+    if max_memory < least:
+        raise UsageError(
+            f"--max-memory {max_memory >> 20} MiB is too little for this checkpoint",
+            hint=f"It needs at least {-(-least >> 20)} MiB.",
+        )
+    threads = min(threads, (max_memory - fixed) // (narrowest * VALUE_BYTES))
+    values = (max_memory - fixed) // (threads * VALUE_BYTES)
+    values = min(values, max(PANEL_VALUES, narrowest))
+    return Budget(threads, values, fixed + threads * values * VALUE_BYTES)
+
+
+def _least_values(step: Step) -> int:
+    unit = row_unit(step.spec, (step.out.spec.format,))
+    return min(unit, step.spec.matrix[0]) * step.spec.matrix[1]

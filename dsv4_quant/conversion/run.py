@@ -1,0 +1,281 @@
+"""One conversion from beginning to end: validate all, stream, finish.
+
+Until the last moment everything lies in ``OUT/.dsv4-partial``. Then the weight files move to their
+places, after them the files that came along, the index and the configs, and last the manifest and
+SHA256SUMS. A folder with a manifest is complete; one without is not.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4_quant.checkpoint.manifest import (
+    MANIFEST,
+    SUMS,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    sums,
+)
+from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.conversion.budget import Budget, budget
+from dsv4_quant.conversion.certificate import certificates
+from dsv4_quant.conversion.configs import small_files
+from dsv4_quant.conversion.files import sync_folder, write_durably
+from dsv4_quant.conversion.journal import FOLDER, Resume, Workspace
+from dsv4_quant.conversion.plan import Plan, make_plan
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.conversion.source import Stamps, held_until_the_end, still_holds, take_stamps
+from dsv4_quant.conversion.stream import Result, Stream
+from dsv4_quant.conversion.target import (
+    check_room,
+    check_separate,
+    finished,
+    plan_key,
+    remove_checkpoint,
+    withdraw,
+)
+from dsv4_quant.errors import (
+    NotANumberError,
+    SourceChangedError,
+    UsageError,
+    ValueNotExactError,
+    WriteError,
+)
+from dsv4_quant.progress import NoProgress, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What a finished conversion did."""
+
+    out: Path
+    manifest: Manifest
+    bytes: int
+    resumed_bytes: int
+    seconds: float
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    request: Request,
+    *,
+    workers: int | None = None,
+    max_memory: int = 4 << 30,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Converts a checkpoint folder. Continues by itself what an earlier run left unfinished.
+
+    Where OUT already is this conversion, complete and of the same source, that is checked byte by
+    byte and value by value, and nothing is written.
+
+    Raises a Dsv4Error subclass; the output is then either absent or visibly unfinished.
+    """
+    began = time.monotonic()
+    progress = progress or NoProgress()
+    stamps = take_stamps(src)
+    with Checkpoint.open(src) as source:
+        progress.stage("planning")
+        plan = make_plan(source, request)
+        limits = budget(plan, workers=workers, max_memory=max_memory)
+        target = Path(out)
+        check_separate(source.root, target)
+        check_room(plan, target)
+        work = Workspace(target)
+        try:
+            run = _Run(work, plan, limits, stamps, progress)
+            manifest, done = run.all(overwrite=overwrite)
+        except OSError as error:
+            raise WriteError(
+                f"The system refused: {error.strerror or error}",
+                file=error.filename2 or error.filename or target,
+                hint="Run the same command again when the cause is gone: it continues from there.",
+            ) from None
+        finally:
+            work.close()
+    return ConvertReport(target, manifest, plan.bytes, done, time.monotonic() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run in a workspace that is its own."""
+
+    work: Workspace
+    plan: Plan
+    limits: Budget
+    stamps: Stamps
+    progress: Progress
+
+    def all(self, *, overwrite: bool) -> tuple[Manifest, int]:
+        """The manifest, and how many bytes were there before."""
+        work, plan, key = self.work, self.plan, plan_key(self.plan)
+        if not overwrite and work.journal is None:
+            held = finished(
+                work.out, plan, key, workers=self.limits.workers, progress=self.progress
+            )
+            if held is not None:
+                work.discard()
+                return held, plan.bytes
+        resume = self._prepare(key, overwrite=overwrite)
+        results, hashes = self._stream(resume)
+        self._confirm_source(results)
+        self.progress.stage("finishing")
+        manifest = _finish(work, plan, results, hashes)
+        return manifest, sum(mark for mark, _ in resume.prefixes.values())
+
+    def _prepare(self, key: Mapping[str, Any], *, overwrite: bool) -> Resume:
+        """An empty workspace, or the point from which to continue an earlier run."""
+        work, before = self.work, self.work.journal
+        if before is not None and before.plan == key:
+            self.progress.stage("checking what an earlier run left")
+            resume = work.sound(before.cuts)
+            if resume.steps < len(self.plan.steps):
+                withdraw(work, self.plan)
+            digests = {name: result[0] for name, result in resume.results.items()}
+            if self._still_holds(digests, before.stamps):
+                work.resume(before, self.stamps, resume.cuts)
+                return resume
+            withdraw(work, self.plan)
+        elif before is not None and not overwrite:
+            raise UsageError(
+                "OUT holds an unfinished conversion of another checkpoint or to another form",
+                file=work.out,
+                hint="Finish it with its own command, choose another OUT, or give --overwrite.",
+            )
+        elif overwrite:
+            remove_checkpoint(work.out)
+        else:
+            self._require_empty()
+        work.begin(key, self.stamps)
+        return Resume()
+
+    def _still_holds(self, digests: Mapping[str, str], before: Stamps) -> bool:
+        return still_holds(
+            self.plan.source,
+            digests,
+            before,
+            self.stamps,
+            workers=self.limits.workers,
+            progress=self.progress,
+        )
+
+    def _require_empty(self) -> None:
+        strangers = sorted(path.name for path in self.work.out.iterdir() if path.name != FOLDER)
+        if strangers:
+            self.work.discard()
+            raise UsageError(
+                f"OUT is not empty: it holds {strangers[0]}",
+                file=self.work.out,
+                hint="Choose another OUT, or give --overwrite to replace what is there.",
+            )
+
+    def _stream(self, resume: Resume) -> tuple[dict[str, Result], dict[str, str]]:
+        """Runs all steps; gives the result of every weight and the SHA-256 of every file."""
+        progress, plan = self.progress, self.plan
+        progress.stage("converting")
+        progress.total(plan.bytes)
+        progress.advance(sum(mark for mark, _ in resume.prefixes.values()))
+        values = self.limits.panel_values
+        try:
+            stream = Stream(plan, self.work, resume, values=values, progress=progress)
+            try:
+                stream.run(self.limits.workers)
+            finally:
+                stream.close()
+        except (ValueNotExactError, NotANumberError):
+            self.work.discard()  # the same command would fail again: nothing to continue
+            raise
+        hashes = {
+            file.name: written.marked[file.size]
+            for file, written in zip(plan.files, stream.files, strict=True)
+        }
+        return stream.results, hashes
+
+    def _confirm_source(self, results: Mapping[str, Result]) -> None:
+        """Raises SourceChangedError when not all was read from one and the same source."""
+        digests = {name: result.digest for name, result in results.items()}
+        if held_until_the_end(
+            self.plan.source,
+            digests,
+            self.stamps,
+            workers=self.limits.workers,
+            progress=self.progress,
+        ):
+            return
+        withdraw(self.work, self.plan)
+        self.work.discard()
+        raise SourceChangedError(
+            "The source changed while it was read; what was written is void",
+            file=self.plan.source.root,
+            hint="Let nothing write to the source, and run the same command again.",
+        )
+
+
+def _finish(
+    work: Workspace, plan: Plan, results: Mapping[str, Result], hashes: Mapping[str, str]
+) -> Manifest:
+    """Moves everything to its place; manifest and SHA256SUMS last."""
+    records = {file.name: FileRecord(file.size, hashes[file.name]) for file in plan.files}
+    small = small_files(plan)
+    for file in plan.files:
+        held = work.locate(file.name)
+        if held.stat().st_size != file.size:
+            raise OSError(errno.EIO, "Another program has changed the file's size", str(held))
+        if held.parent == work.folder:
+            held.replace(work.out / file.name)
+    for name, content in small.items():
+        records[name] = _place(work, name, content)
+    manifest = _manifest(plan, results, records)
+    records[MANIFEST] = _place(work, MANIFEST, manifest.to_json())
+    _place(work, SUMS, sums(records))
+    sync_folder(work.out)
+    work.discard()
+    sync_folder(work.out)
+    return manifest
+
+
+def _place(work: Workspace, name: str, content: bytes | Path) -> FileRecord:
+    """Writes a small file beside its place, makes it durable, then moves it there."""
+    temporary = work.folder / "small"
+    record = write_durably(temporary, content)
+    place = work.out / name
+    if place.parent != work.out:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.resolve().is_relative_to(work.out.resolve()):
+            raise OSError(errno.ELOOP, "A symbolic link that leaves OUT", str(place.parent))
+    else:
+        sync_folder(work.out)  # what came before is durable before this can be seen
+    temporary.replace(place)
+    if place.parent != work.out:
+        sync_folder(place.parent)
+    return record
+
+
+def _manifest(
+    plan: Plan, results: Mapping[str, Result], records: Mapping[str, FileRecord]
+) -> Manifest:
+    key, specs = plan_key(plan), plan.catalogue.specs
+    return Manifest(
+        tool=key["tool"],
+        layout=key["layout"],
+        gpus=key["gpus"],
+        formats=key["formats"],
+        files=dict(records),
+        tensors={
+            name: TensorRecord(str(specs[name].format), results[name].digest) for name in specs
+        },
+        source={
+            "layout": plan.source.layout,
+            "gpus": plan.source.gpus,
+            "identity": key["source"],
+        },
+        options={"experts": plan.request.experts, "dense": plan.request.dense},
+        certificate=certificates(plan, results),
+    )

@@ -1,0 +1,298 @@
+"""The streaming pass: read a panel, digest it, cast it, write it, hash it; on several threads.
+
+Panels are handed out in the plan's order, so every file grows from front to back, give or take the
+few panels in flight. At every cut (about each GiB) a thread of its own waits until all bytes before
+it are hashed, makes them durable, and records the cut in the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsv4_quant.catalogue import TensorSpec
+from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
+from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
+from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.conversion import operations
+from dsv4_quant.conversion.files import OutputFile
+from dsv4_quant.conversion.journal import Cut, Resume, Workspace
+from dsv4_quant.conversion.operations import Panel, Proof
+from dsv4_quant.conversion.plan import COPY, Plan, Step
+from dsv4_quant.formats.blocks import SCALES, Tensor
+from dsv4_quant.progress import Progress
+
+CUT_BYTES = 1 << 30
+BATCH_BYTES = 1 << 20
+"""Small tensors are handed out together until they are worth a thread's while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bite:
+    """Rows [start, stop) of the weight of one step."""
+
+    step: int
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Result:
+    """What a weight's step gives besides its bytes."""
+
+    digest: str
+    proof: Proof
+
+    def to_json(self) -> list[Any]:
+        """For the journal."""
+        return [self.digest, self.proof.tiles, sorted(self.proof.spreads.items())]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Result:
+        """The inverse of to_json."""
+        return cls(value[0], Proof(value[1], Counter(dict(value[2]))))
+
+
+@dataclass(slots=True)
+class _OpenWeight:
+    """A weight some of whose bites are still to come."""
+
+    digest: TensorDigest
+    proof: Proof
+    bites: int
+
+
+class Stream:
+    """One run over a plan's steps, from the resume point to the end."""
+
+    def __init__(
+        self, plan: Plan, work: Workspace, resume: Resume, *, values: int, progress: Progress
+    ) -> None:
+        self._plan, self._work, self._progress = plan, work, progress
+        self._values = values
+        self._first = resume.steps
+        self.results = {name: Result.from_json(r) for name, r in resume.results.items()}
+        self._open: dict[int, _OpenWeight] = {}
+        self._cuts = list(cuts(plan))
+        self._pending, self._room = 0, threading.Condition()
+        self._failed: list[BaseException] = []
+        self.files: list[OutputFile] = []
+        try:
+            for index, file in enumerate(plan.files):
+                marks = [cut.get(index, 0) for _, cut in self._cuts]
+                self.files.append(OutputFile(work.locate(file.name), file.size, marks))
+                if file.name in resume.prefixes:
+                    self.files[-1].continue_from(*resume.prefixes[file.name])
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, workers: int) -> None:
+        """Works through all steps. Raises the first error, of whatever thread."""
+        journal = threading.Thread(target=self._keep_journal, daemon=True)
+        journal.start()
+        try:
+            self._write_headers()
+            work_in_threads(self._admitted(4 * workers * self._values), self._worker, workers)
+            journal.join()
+        except BaseException as error:
+            self._fail(error)
+            journal.join()
+            raise
+        if self._failed:
+            raise self._failed[0]
+
+    def _worker(self) -> Callable[[list[Bite]], None]:
+        hasher = LeafHasher()
+
+        def work(batch: list[Bite]) -> None:
+            try:
+                for bite in batch:
+                    self._take(bite, hasher)
+            except BaseException as error:
+                self._fail(error)
+                raise
+            with self._room:
+                self._room.notify_all()
+
+        return work
+
+    def _fail(self, error: BaseException) -> None:
+        """Wakes whoever waits: what they wait for will not come."""
+        with self._room:
+            self._failed.append(error)
+            self._room.notify_all()
+
+    def _admitted(self, limit: int) -> Iterator[list[Bite]]:
+        """Batches, each when there is room for more bytes that wait to be hashed.
+
+        The wait is here, where batches are handed out in order: a batch that has been handed out
+        never waits, so the one that closes a gap cannot wait for those behind it.
+        """
+        for batch in self._batches():
+            with self._room:
+                self._room.wait_for(lambda: self._pending < limit or self._failed)
+                if self._failed:
+                    raise self._failed[0]
+            yield batch
+
+    def _write_headers(self) -> None:
+        for file, written in zip(self._plan.files, self.files, strict=True):
+            if written.hashed < len(file.header):
+                written.write(0, memoryview(file.header))
+
+    def _batches(self) -> Iterator[list[Bite]]:
+        batch: list[Bite] = []
+        size = 0
+        for index in range(self._first, len(self._plan.steps)):
+            step = self._plan.steps[index]
+            rows = step.spec.matrix[0]
+            height = panel_rows(step.spec, (step.out.spec.format,), self._values)
+            if not step.out.is_scale:
+                bites = -(-rows // height)
+                self._open[index] = _OpenWeight(TensorDigest(*step.spec.matrix), Proof(), bites)
+            for start, stop in row_ranges(rows, height):
+                batch.append(Bite(index, start, stop))
+                size += step.out.nbytes * (stop - start) // rows
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _take(self, bite: Bite, hasher: LeafHasher) -> None:
+        """One bite, all the way from the source to the output files."""
+        step = self._plan.steps[bite.step]
+        source, spec = self._plan.source, step.spec
+        if step.out.is_scale:
+            data, first = self._scales(step, bite)
+        else:
+            panel, proof = source.read_rows(spec.name, bite.start, bite.stop), Proof()
+            held = Panel(spec.name, bite.start, panel, step.out.spec.format)
+            data, first = operations.weight(step.operation, held, proof), bite.start
+            for leaf in hasher.leaves(spec.name, panel, bite.start):
+                self._open[bite.step].digest.add(*leaf)
+            self._finish(bite.step, proof)
+        rows = 1 if len(spec.shape) == 1 else data.shape[0]
+        self._write(step, first, data.reshape(rows, -1).view(np.uint8))
+
+    def _finish(self, index: int, proof: Proof) -> None:
+        """Adds a bite's proof; the last bite of a weight completes its result."""
+        with self._room:
+            weight = self._open[index]
+            weight.proof.tiles += proof.tiles
+            weight.proof.spreads += proof.spreads
+            weight.bites -= 1
+            if not weight.bites:
+                name = self._plan.steps[index].spec.name
+                self.results[name] = Result(weight.digest.hexdigest(), weight.proof)
+                del self._open[index]
+
+    def _scales(self, step: Step, bite: Bite) -> tuple[NDArray[Any], int]:
+        """The output's scale rows for a bite, and the number of the first."""
+        block = step.out.spec.format.block
+        assert block is not None
+        first = bite.start // block[0]
+        if step.operation == COPY:
+            return read_scales(self._plan.source, step.spec, bite.start, bite.stop), first
+        if step.operation == "fp4_to_fp8":  # made of scales alone
+            held = read_scales(self._plan.source, step.spec, bite.start, bite.stop)
+            codes = np.empty((bite.stop - bite.start, 0), np.uint8)
+            shape = (bite.stop - bite.start, step.spec.matrix[1])
+            panel = Tensor(step.spec.format, shape, codes, held)
+        else:
+            panel = self._plan.source.read_rows(step.spec.name, bite.start, bite.stop)
+        held_panel = Panel(step.spec.name, bite.start, panel, step.out.spec.format)
+        return operations.scale(step.operation, held_panel), first
+
+    def _write(self, step: Step, first: int, data: NDArray[np.uint8]) -> None:
+        """Rows of an output tensor, to every file that holds some of their bytes."""
+        last = first + data.shape[0]
+        for target in step.targets:
+            start, stop = max(first, target.row), min(last, target.row + target.rows)
+            if start >= stop:
+                continue
+            part = data[start - first : stop - first]
+            if target.row_bytes != data.shape[1]:
+                part = part[:, target.column : target.column + target.row_bytes]
+            view = np.ascontiguousarray(part).data.cast("B")
+            with self._room:
+                self._pending += len(view)
+            offset = target.offset + (start - target.row) * target.row_bytes
+            hashed = self.files[target.file].write(offset, view)
+            self._progress.advance(len(view))
+            with self._room:
+                self._pending -= hashed
+                if hashed:
+                    self._room.notify_all()
+
+    def _keep_journal(self) -> None:
+        """Records every cut once all bytes before it are hashed, durable after a sync."""
+        done = 0
+        try:
+            for steps, marks in self._cuts:
+                if steps > self._first:
+                    if not self._wait_for(marks):
+                        return
+                    for index in marks:
+                        self.files[index].sync()
+                    self._work.record(self._cut(done, steps, marks))
+                done = steps
+        except BaseException as error:
+            self._fail(error)
+
+    def _wait_for(self, marks: dict[int, int]) -> bool:
+        """Until every file is hashed up to its mark; False if the run failed before."""
+        with self._room:
+            self._room.wait_for(lambda: self._failed or self._reached(marks))
+            return not self._failed
+
+    def _cut(self, done: int, steps: int, marks: dict[int, int]) -> Cut:
+        files = {
+            self._plan.files[index].name: (mark, self.files[index].marked[mark])
+            for index, mark in marks.items()
+        }
+        names = (s.spec.name for s in self._plan.steps[done:steps] if not s.out.is_scale)
+        return Cut(steps, files, {name: self.results[name].to_json() for name in names})
+
+    def _reached(self, marks: dict[int, int]) -> bool:
+        return all(self.files[index].hashed >= mark for index, mark in marks.items())
+
+    def close(self) -> None:
+        """Closes all output files."""
+        for file in self.files:
+            file.close()
+
+
+def cuts(plan: Plan, every: int = CUT_BYTES) -> Iterator[tuple[int, dict[int, int]]]:
+    """(steps done, bytes of each file done) at about every GiB, and at the end."""
+    marks: dict[int, int] = {}
+    since = 0
+    for index, step in enumerate(plan.steps, 1):
+        for target in step.targets:
+            size = target.rows * target.row_bytes
+            marks[target.file] = target.offset + size
+            since += size
+        if since >= every or index == len(plan.steps):
+            yield index, dict(marks)
+            since = 0
+
+
+def read_scales(source: Checkpoint, spec: TensorSpec, start: int, stop: int) -> NDArray[Any]:
+    """The scales of a weight's rows [start, stop), ``start`` a multiple of the block's rows."""
+    _, tensor = source.stored(spec)
+    block, kind = spec.format.block, spec.format.scale
+    assert block is not None and kind is not None
+    held = source.read_bytes(source.locate(tensor), start // block[0], -(-stop // block[0]))
+    return held.view(SCALES[kind])
+
+
+def bytes_done(resume: Resume) -> int:
+    """Bytes that a resumed run need not write again."""
+    return sum(mark for mark, _ in resume.prefixes.values())

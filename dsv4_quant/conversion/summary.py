@@ -1,0 +1,86 @@
+"""What a plan amounts to, for ``--dry-run``: nothing is written to find it out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.conversion.budget import budget
+from dsv4_quant.conversion.plan import COPY, Plan, make_plan
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.conversion.target import check_separate, disk_room
+
+EXACTNESS = {
+    COPY: "the same bytes",
+    "fp4_to_bf16": "exact; refused if a value leaves BF16's range",
+    "fp8_to_bf16": "exact; refused if a value leaves BF16's range",
+    "fp4_to_fp8": "exact; every tile is checked, an inexact one is refused",
+    "fp8_to_fp4": "exact; every block is checked, an inexact one is refused",
+    "bf16_to_fp4": "exact; every block is checked, an inexact one is refused",
+    "bf16_to_fp8": "exact; every tile is checked, an inexact one is refused",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """A conversion before it begins."""
+
+    layout: str
+    gpus: int
+    formats: dict[str, str]
+    files: dict[str, int]
+    """Bytes of every weight file, by name."""
+    bytes: int
+    operations: dict[str, int]
+    """Weights per operation."""
+    exactness: dict[str, str]
+    workers: int
+    peak_memory: int
+    disk_needed: int
+    disk_free: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for it."""
+        return self.disk_needed <= self.disk_free
+
+
+def plan_conversion(
+    src: str | Path,
+    out: str | Path,
+    request: Request,
+    *,
+    workers: int | None = None,
+    max_memory: int = 4 << 30,
+) -> PlanSummary:
+    """The plan of a conversion in figures. Raises what ``convert`` would, but for a full disk."""
+    with Checkpoint.open(src) as source:
+        plan = make_plan(source, request)
+        limits = budget(plan, workers=workers, max_memory=max_memory)
+        check_separate(source.root, Path(out))
+        needed, free = disk_room(plan, Path(out))
+        return _summary(plan, limits.workers, limits.peak_bytes, needed, free)
+
+
+def _summary(plan: Plan, workers: int, peak: int, needed: int, free: int) -> PlanSummary:
+    formats = plan.catalogue.formats
+    operations: Counter[str] = plan.operations
+    return PlanSummary(
+        layout=plan.request.layout,
+        gpus=plan.request.gpus,
+        formats={
+            "experts": str(formats.experts),
+            "dense": str(formats.dense),
+            "wo_a": str(formats.wo_a),
+        },
+        files={file.name: file.size for file in plan.files},
+        bytes=plan.bytes,
+        operations=dict(operations.most_common()),
+        exactness={name: EXACTNESS[name] for name in operations},
+        workers=workers,
+        peak_memory=peak,
+        disk_needed=needed,
+        disk_free=free,
+    )

@@ -1,0 +1,173 @@
+"""OUT before a conversion: whether it may be written to, has room, or holds this very output."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4_quant import __version__
+from dsv4_quant.checkpoint.digesting import digest_tensors
+from dsv4_quant.checkpoint.folder import INDEX
+from dsv4_quant.checkpoint.manifest import (
+    MANIFEST,
+    SUMS,
+    FileRecord,
+    Manifest,
+    read_manifest,
+    sums,
+)
+from dsv4_quant.checkpoint.sidecars import carried_files, identity
+from dsv4_quant.conversion.configs import CONFIG, INFERENCE_CONFIG, small_files
+from dsv4_quant.conversion.files import prefix_hashes
+from dsv4_quant.conversion.journal import FOLDER, Workspace
+from dsv4_quant.conversion.plan import Plan
+from dsv4_quant.errors import DiskSpaceError, ManifestError, NotANumberError, UsageError
+from dsv4_quant.progress import Progress
+
+WEIGHTS = "model*.safetensors"
+SMALL_FILE_BYTES = 1 << 16
+"""What a config or the fixed part of the manifest may take."""
+
+STEP_BYTES = 768
+"""Per output tensor: its lines in index, manifest and journal."""
+
+
+def check_separate(source: Path, out: Path) -> None:
+    """Raises UsageError when OUT is no folder of its own."""
+    here, there = source.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError("OUT and SRC lie inside one another", file=out, hint="Choose another OUT.")
+    if out.exists() and not out.is_dir():
+        raise UsageError("OUT is not a folder", file=out)
+
+
+def disk_room(plan: Plan, out: Path) -> tuple[int, int]:
+    """Bytes that the output needs, and bytes free for it: what it replaces counts as free."""
+    place = next(p for p in (out, *out.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    carried = dict(carried_files(plan.source.root))
+    names = (*carried, SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG)
+    replaced = {*out.glob(f"{FOLDER}/*"), *out.glob(WEIGHTS), *(out / name for name in names)}
+    free += sum(path.lstat().st_blocks * 512 for path in replaced if path.is_file())
+    small = sum(path.stat().st_size for path in carried.values())
+    return plan.bytes + small + 4 * SMALL_FILE_BYTES + STEP_BYTES * len(plan.steps), free
+
+
+def check_room(plan: Plan, out: Path) -> None:
+    """Raises DiskSpaceError when the output does not fit."""
+    need, free = disk_room(plan, out)
+    if need > free:
+        raise DiskSpaceError(
+            f"The output needs {need:,} bytes, {free:,} are free",
+            file=out,
+            hint="Nothing was written. Free some space or choose another OUT.",
+        )
+
+
+def plan_key(plan: Plan) -> dict[str, Any]:
+    """What makes two conversions the same: one can continue the other's work."""
+    formats = plan.catalogue.formats
+    return {
+        "tool": f"dsv4-quant {__version__}",
+        "source": identity(plan.source.folder, plan.source.config),
+        "layout": plan.request.layout,
+        "gpus": plan.request.gpus,
+        "formats": {
+            "experts": str(formats.experts),
+            "dense": str(formats.dense),
+            "wo_a": str(formats.wo_a),
+        },
+    }
+
+
+def _key_of(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "tool": manifest.tool,
+        "source": manifest.source.get("identity"),
+        "layout": manifest.layout,
+        "gpus": manifest.gpus,
+        "formats": dict(manifest.formats),
+    }
+
+
+def finished(
+    out: Path, plan: Plan, key: Mapping[str, Any], *, workers: int, progress: Progress
+) -> Manifest | None:
+    """The manifest, if OUT is what this plan makes of this source: every byte and every value."""
+    try:
+        manifest = read_manifest(out / MANIFEST)
+    except ManifestError:
+        return None
+    if _key_of(manifest) != key or not (out / SUMS).is_file():
+        return None
+    progress.stage("checking the finished output")
+    if not _is_whole(out, manifest) or not _comes_from(manifest, plan):
+        return None
+    try:
+        digests = digest_tensors(plan.source, workers=workers, progress=progress)
+    except NotANumberError:
+        return None
+    said = {name: record.digest for name, record in manifest.tensors.items()}
+    return manifest if digests == said else None
+
+
+def _is_whole(out: Path, manifest: Manifest) -> bool:
+    """Whether all files are there and as manifest and SHA256SUMS say."""
+    text = (out / MANIFEST).read_bytes()
+    itself = FileRecord(len(text), hashlib.sha256(text).hexdigest())
+    if (out / SUMS).read_bytes() != sums({**manifest.files, MANIFEST: itself}):
+        return False
+    return all(
+        (out / name).is_file()
+        and (out / name).stat().st_size == record.bytes
+        and _sha256(out / name) == record.sha256
+        for name, record in manifest.files.items()
+    )
+
+
+def _comes_from(manifest: Manifest, plan: Plan) -> bool:
+    """Whether the files beside the weights are those that the plan's source would give."""
+    weights = {file.name for file in plan.files}
+    return {n: r.sha256 for n, r in manifest.files.items() if n not in weights} == {
+        name: _sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        for name, content in small_files(plan).items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    size = path.stat().st_size
+    return str(prefix_hashes(path, [size])[size].hexdigest())
+
+
+def withdraw(work: Workspace, plan: Plan) -> None:
+    """Takes back an output that was at its place already, when a part of it is not sound."""
+    for name in (SUMS, MANIFEST, INDEX, CONFIG):
+        (work.out / name).unlink(missing_ok=True)
+    for file in plan.files:
+        if (work.out / file.name).exists():
+            (work.out / file.name).replace(work.folder / file.name)
+
+
+def remove_checkpoint(out: Path) -> None:
+    """Removes an earlier output; its manifest goes first, so that it no longer looks complete."""
+    try:
+        listed = list(read_manifest(out / MANIFEST).files)
+    except ManifestError:
+        listed = []
+    home = out.resolve()
+    for name in (SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG, *listed):
+        path = out / name
+        if path.parent.resolve().is_relative_to(home):
+            path.unlink(missing_ok=True)
+            _remove_empty(path.parent, out)
+    for path in out.glob(WEIGHTS):
+        path.unlink()
+
+
+def _remove_empty(folder: Path, out: Path) -> None:
+    while folder != out and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
