@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +23,8 @@ from dsv4_quant.cli.tables import duration, size
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import convert
 from dsv4_quant.errors import UsageError
+from dsv4_quant.fingerprints.file import to_json
+from dsv4_quant.fingerprints.make import make_fingerprint
 from dsv4_quant.inspection import inspect
 from dsv4_quant.synthesis import synth
 from dsv4_quant.validators.verify import verify
@@ -81,6 +84,7 @@ class Loop:
         self.repack()
         self.verify()
         self.digests()
+        self.fingerprint()
         self.damage()
         self.seconds = time.monotonic() - began
 
@@ -89,8 +93,14 @@ class Loop:
         self._say(f"\n{self._step}. {title}\n   $ dsv4-quant {command}")
 
     def _show(self, text: str) -> None:
+        width = shutil.get_terminal_size((80, 24)).columns
         for line in text.splitlines():
-            self._say(f"   {line}".rstrip())
+            indent = " " * (3 + len(line) - len(line.lstrip()))
+            filled = textwrap.fill(
+                line.strip(), width, initial_indent=indent, subsequent_indent=indent + "  ",
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+            self._say(filled)
 
     def make(self) -> None:
         """A checkpoint as published, and what it holds."""
@@ -144,6 +154,23 @@ class Loop:
         if len(set(found.values())) != 1:
             raise UsageError("The demo's digests differ")
         self.facts["digests"] = found
+
+    def fingerprint(self) -> None:
+        """What the model says is the same, bit for bit."""
+        self._tell(
+            "Record what the source says on prompts that exercise it; ask the result",
+            "fingerprint source --output source.json\n"
+            "   $ dsv4-quant verify fp8-4gpus --fingerprint source.json",
+        )
+        path = self._out / "source.json"
+        data = to_json(make_fingerprint(self.source))
+        path.write_bytes(data)
+        report = verify(self.repacked, "forward", fingerprint=path)
+        if not report.holds:
+            raise UsageError(f"The demo's fingerprints differ: {report.findings[0].what}")
+        self._show(f"recorded {len(data):,} bytes")
+        self._show(report.forward or "")
+        self.facts["fingerprint"] = {"bytes": len(data), "said": report.forward}
 
     def damage(self) -> None:
         """A flipped bit does not hide."""

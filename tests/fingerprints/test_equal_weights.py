@@ -53,6 +53,19 @@ def test_the_bit_gate_holds_without_the_source(converted: Path, recording: Recor
     assert verdict.text.startswith("gate bit (recorded on the same class of machine): 14 of 14")
 
 
+def test_deployed_is_equal_where_the_same_is_rounded(converted: Path) -> None:
+    """Weights in BF16 meet inputs that nobody rounds: then only the lossy gate applies."""
+    recorded = make_fingerprint(
+        golden("tiny-fp4"), [list(range(20))], arithmetic="deployed", activations="bfloat16"
+    )
+    with Checkpoint.open(converted) as ckpt:
+        verdict = check_fingerprint(ckpt, recorded)
+        is_bf16 = ckpt.catalogue.formats.experts.kind == "bf16"
+    assert verdict.findings == ()
+    assert verdict.gate == ("lossy" if is_bf16 else "bit")
+    assert verdict.comparison is not None and verdict.comparison.is_equal != is_bf16
+
+
 @pytest.mark.parametrize("arithmetic", ["exact", "deployed"])
 def test_threads_move_no_bit(arithmetic: Any, recording: Recording) -> None:
     script = recording.fingerprint.script

@@ -294,7 +294,7 @@ def test_stacks_and_strides(kind, block, backend, same, device):
 def test_statistics_are_added_in_block_order(kind, device):
     draw = torch.Generator().manual_seed(4)
     x = torch.randn(37, 96, generator=draw) * torch.randn(37, 96, generator=draw).exp()
-    x[3], x[5, :32] = 0, 2.0**-9
+    x[4:8, :32], x[12:16, 32:64], x[20, 40:44] = 2.0**-9, 0, 2.0**-20
     block = (1, 32) if kind == "fp4" else (4, 32)
     rule = ScaleRule.LEAST_SQUARES
     (found,) = statistics(quantise(x.to(device), kind, rule, block), x.numel())
@@ -313,7 +313,8 @@ def test_statistics_are_added_in_block_order(kind, device):
         exact_blocks=(figures[..., 1] == 0).sum(),
         refused_blocks=0,
     )
-    assert found.flushed and found.error_squares
+    assert found.flushed and found.error_squares and 0 < found.exact_blocks < found.blocks
+    assert found.value_squares != figures[..., 0].sum()  # numpy's own order
 
 
 @backends
