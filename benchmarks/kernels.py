@@ -2,26 +2,30 @@
 
     python -m benchmarks.kernels [--tokens 8192]
 
-Shapes are V4-Flash's. Bytes are those that must move: every operand read once, every result written
-once, and for sparse_attn the listed keys. The yardstick is a plain device copy of 1 GiB, counted
+Shapes are V4-Flash's; a stack of experts is cast in one launch. Bytes are those that must move:
+every operand read once, every result written once (a lossy cast's figures are results too), and for
+sparse_attn the listed keys. The yardstick is a plain device copy of 1 GiB, counted
 the same way (read and written). Needs a GPU; without one it says so and ends well.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_quant.formats.blocks import FP4, Format
+from dsv4_quant.config import FP8_BLOCK
+from dsv4_quant.formats.blocks import FP4, Format, fp8
+from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels import ops
 from dsv4_quant.kernels.defaults import FP8
 
 HIDDEN, HEADS, HEAD_DIM, INDEX_HEADS, INDEX_DIM = 4096, 64, 512, 64, 128
 EXPERT, LISTED, STREAMS, DECODED = 2048, 640, 4, 16
+EXPERTS = 32
 
 
 def main() -> None:
@@ -35,7 +39,7 @@ def main() -> None:
     yardstick = _copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy {yardstick / 1e9:.0f} GB/s")
     print(f"{'kernel':40} {'ms':>9} {'GB/s':>8} {'of copy':>8}")
-    for name, call, moved in _cases(tokens):
+    for name, call, moved in (*_weight_casts(), *_cases(tokens)):
         seconds = _seconds(call)
         rate = moved / seconds
         print(f"{name:40} {seconds * 1e3:9.3f} {rate / 1e9:8.0f} {rate / yardstick:8.0%}")
@@ -43,6 +47,31 @@ def main() -> None:
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines."""
+
+
+def _weight_casts() -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """Name, call and bytes of every cast of a stack of experts."""
+    values = torch.randn(EXPERTS, EXPERT, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    cases: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        ("fp4_to_fp8", ops.fp4_to_fp8, _stack(FP4)),
+        ("fp4_to_bf16", ops.fp4_to_bf16, _stack(FP4)),
+        ("fp8_to_bf16, e8m0", ops.fp8_to_bf16, _stack(FP8)),
+        ("fp8_to_bf16, f32", ops.fp8_to_bf16, _stack(fp8(FP8_BLOCK, "f32"))),
+        *((f"quantise_fp4, {rule.value}", ops.quantise_fp4, (values, rule)) for rule in ScaleRule),
+        *((f"quantise_fp8, {rule.value}", ops.quantise_fp8, (values, rule)) for rule in ScaleRule),
+    ]
+    for name, operation, operands in cases:
+        call = _bind(operation, operands)
+        yield f"{name} {EXPERTS}x{EXPERT}x{HIDDEN}", call, _bytes(operands) + _bytes(call())
+
+
+def _stack(fmt: Format) -> tuple[Tensor, Tensor, Format]:
+    """A stack of experts; float32 scales are random numbers, not powers of two."""
+    codes, scales, _ = _weight(fmt, EXPERTS * EXPERT)
+    if fmt.scale == "f32":
+        scales = torch.rand(scales.shape, device="cuda")
+    stack = codes.reshape(EXPERTS, EXPERT, -1), scales.reshape(EXPERTS, -1, scales.shape[-1])
+    return (*stack, fmt)
 
 
 def _cases(tokens: int) -> list[tuple[str, Callable[[], Any], int]]:
@@ -86,9 +115,11 @@ def _attention() -> tuple[str, Callable[[], Any], int]:
 
 
 def _weight(fmt: Format, rows: int) -> tuple[Tensor, Tensor, Format]:
-    """Random codes ``[rows, HIDDEN]`` and scales, with their format."""
+    """Random codes ``[rows, HIDDEN]``, none of them NaN, and scales, with their format."""
     width = HIDDEN // (2 if fmt.kind == "fp4" else 1)
     codes = torch.randint(0, 256, (rows, width), device="cuda", dtype=torch.uint8)
+    if fmt.kind == "fp8":
+        codes.masked_fill_(codes & 0x7F == 0x7F, 0)
     shape = fmt.scale_shape((rows, HIDDEN))
     return codes, torch.randint(110, 120, shape, device="cuda", dtype=torch.uint8), fmt
 

@@ -16,6 +16,7 @@ from dsv4_quant.cli.tables import duration, size, table
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import ConvertReport, convert
 from dsv4_quant.conversion.summary import PlanSummary, plan_conversion
+from dsv4_quant.conversion.target import check_empty
 from dsv4_quant.hub import resolve
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -42,7 +43,10 @@ Gpus = Annotated[
     typer.Option("--gpus", metavar="N", min=1, help="One file per GPU for N GPUs (layout mp)."),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan and its needs; write nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the plan and its needs; write nothing. (An id is downloaded.)"
+    ),
 ]
 MaxMemory = Annotated[
     int,
@@ -54,7 +58,10 @@ MaxMemory = Annotated[
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace the checkpoint that OUT holds, once the new one is complete."
+    ),
 ]
 
 
@@ -71,10 +78,15 @@ def run(
     quiet: bool,
 ) -> None:
     """Plans or converts, and tells the result."""
+    if out.is_dir() and not overwrite and not (out / MANIFEST).exists():
+        check_empty(out)  # before an id is downloaded
     with shown(quiet=quiet) as progress:
         folder = resolve(src, progress=progress)
         if dry_run:
-            plan = plan_conversion(folder, out, request, workers=workers, max_memory=max_memory)
+            plan = plan_conversion(
+                folder, out, request,
+                workers=workers, max_memory=max_memory, overwrite=overwrite,
+            )  # fmt: skip
         else:
             report = convert(
                 folder, out, request,

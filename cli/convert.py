@@ -79,14 +79,14 @@ def command(
 
 
 def make_request(gpus: int | None, layout: str | None, experts: Experts, dense: Dense) -> Request:
-    """The request that the options make; --gpus implies mp, and neither means mp for one GPU."""
+    """The request that the options make; --gpus implies mp."""
     if layout == "hf":
         if gpus is not None:
             raise UsageError("--gpus splits over GPUs, --layout hf does not: give one of them")
         return Request("hf", 1, experts.value, dense.value)
-    if layout is None and gpus is None:
+    if gpus is None:
         raise UsageError(
-            "Neither --gpus nor --layout was given",
+            "For how many GPUs? Neither --gpus N nor --layout hf was given",
             hint="--gpus N makes one file per GPU, --layout hf shards as published.",
         )
-    return Request("mp", gpus or 1, experts.value, dense.value)
+    return Request("mp", gpus, experts.value, dense.value)

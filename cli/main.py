@@ -8,6 +8,7 @@ its top, like any module, and ``--help`` still answers at once.
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -16,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from dsv4_quant import __version__
-from dsv4_quant.cli.failure import guarded, report
+from dsv4_quant.cli.failure import INTERRUPTED, guarded, report
 
 COMMANDS = {
     "inspect": "What a checkpoint holds, from its headers alone.",
@@ -94,4 +95,9 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     gc.set_threshold(200_000, 20, 20)  # headers are a million objects that live: don't walk them
-    app(prog_name="dsv4-quant")
+    try:
+        app(prog_name="dsv4-quant")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # pressed twice: the second must not change how this ends
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise

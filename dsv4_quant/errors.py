@@ -12,6 +12,7 @@ Dsv4Error                     base: one clear paragraph; carries file and tensor
 ├── ValueNotExactError        a lossless conversion would change a value (names tensor and tile)
 ├── DiskSpaceError            the output does not fit on the disk
 ├── WriteError                the system refused a write: full disk, I/O error, vanished folder
+├── SourceDamagedError        the source's own manifest, or another rank's copy, says otherwise
 ├── SourceChangedError        a source file vanished or changed while it was read
 └── BusyError                 another run is writing to the same output folder
 
@@ -102,6 +103,10 @@ class DiskSpaceError(Dsv4Error):
 
 class WriteError(Dsv4Error):
     """The system refused to write."""
+
+
+class SourceDamagedError(Dsv4Error):
+    """The source is not what its own manifest says, or its ranks hold different copies."""
 
 
 class SourceChangedError(Dsv4Error):

@@ -18,9 +18,9 @@ def split_blocks(x: Tensor, block: tuple[int, int], fill: float = 0) -> Tensor:
 
 
 def join_blocks(blocks: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`split_blocks`: ``[..., h, w, b * c]`` -> ``[..., R, C]``, contiguous."""
+    """The inverse of :func:`split_blocks`: ``[..., h, w, b * c]`` -> ``[..., R, C]``."""
     h, w = blocks.shape[-3:-1]
-    grid = blocks.unflatten(-1, block).transpose(-3, -2)  # [..., h, b, w, c]
+    grid = blocks.reshape(*blocks.shape[:-1], *block).transpose(-3, -2)  # [..., h, b, w, c]
     whole = grid.reshape(*blocks.shape[:-3], h * block[0], w * block[1])
     return whole[..., : shape[0], : shape[1]].contiguous()
 

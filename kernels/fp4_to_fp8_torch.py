@@ -77,7 +77,7 @@ def fp4_to_fp8(codes: Tensor, scales: Tensor, fmt: Format = FP4, target: Format 
     lost = lookup(out, torch.tensor(e4m3.VALUES).to(out.device)) != scaled
     nan = spread_blocks(top == e8m0.NAN, tile, (rows, groups * group))
 
-    live = values.unflatten(-1, (groups, group)).any(-1)  # [..., R, C / group]
+    live = values.reshape(*scales.shape, group).any(-1)  # [..., R, C / group]
     low = split_blocks(torch.where(live, scales, 255), blocks, 255).amin(-1)
     high = split_blocks(torch.where(live, scales, 0), blocks).amax(-1)
     verdicts = torch.where(split_blocks(lost, tile).any(-1), SPREAD, EXACT)

@@ -105,7 +105,7 @@ def _fp4_to_fp8_kernel(
     # torch: top = split_blocks(scales, blocks).amax(-1); out_scales = (top - HEADROOM).clamp_min(0)
     top = tl.max(tl.max(scale, 1), 0)
     out_scale = tl.where(top == 0xFF, 0xFF, tl.maximum(top - HEADROOM, 0))
-    # torch: live = values.unflatten(-1, (groups, group)).any(-1)
+    # torch: live = values.reshape(*scales.shape, group).any(-1)
     some = (x & 0x77777777) != 0
     live = tl.max(tl.reshape(some.to(tl.int32), (ROWS, BLOCKS, 4)), 2) > 0
     low = tl.min(tl.min(tl.where(live, scale, 255), 1), 0)

@@ -65,10 +65,10 @@ def _fp8_to_bf16_kernel(
     bits = ((codes & 0x7F) << 20) | ((codes & 0x80) << 24)
     value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
     # torch: values = value * scales.repeat_interleave(...)
-    # From 2**-117 to 2**119 a power of two gives normal BF16 numbers: four of their bits are used,
-    # so that the upper half is the product.
+    # From 2**-124 to 2**119 a power of two gives BF16 numbers, so that the upper half is the
+    # product: a code has four bits, and is a multiple of 2**-9; BF16 has those of 2**-133.
     scale_bits = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    plain = ((scale_bits & 0x7FFFFF) == 0) & (scale_bits >= 10 << 23) & (scale_bits <= 246 << 23)
+    plain = ((scale_bits & 0x7FFFFF) == 0) & (scale_bits >= 3 << 23) & (scale_bits <= 246 << 23)
     nan = (codes & 0x7F) == 0x7F
     special = tl.where(plain | (row >= rows), tl.max(nan.to(tl.int32), 1), 1)
     if tl.max(special, 0) == 0:

@@ -40,7 +40,7 @@ from dsv4_quant.formats.blocks import FP4, Format
 from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.defaults import ACT_GROUP, FP4_GROUP, FP8
 from dsv4_quant.kernels.fp4_to_fp8_torch import Fp8Tiles
-from dsv4_quant.kernels.quantise_blocks_torch import Quantised
+from dsv4_quant.kernels.quantised_torch import Quantised
 
 Backend = Literal["torch", "triton"]
 

@@ -22,46 +22,17 @@ from dsv4_quant.formats.rules import (
     ScaleRule,
     candidates,
 )
+from dsv4_quant.kernels.blocks_triton import block_count, block_max, fold_sum, lane_shape
 from dsv4_quant.kernels.launch_triton import OPTIONS, TILE, float_bits, fold_groups, tile_rows
 from dsv4_quant.kernels.minifloat_triton import ceil_exponent, e8m0_value, widen
-from dsv4_quant.kernels.quantise_blocks_torch import GRIDS, Quantised
+from dsv4_quant.kernels.quantise_blocks_torch import GRIDS
+from dsv4_quant.kernels.quantised_torch import Quantised
 
 (MARGIN_BITS,) = struct.unpack("<q", struct.pack("<d", MARGIN))
 """As bits: Triton could take a number so near to 1 for a float32."""
 
 DTYPES = (torch.uint8, torch.float64, torch.float64, torch.float32, torch.int32, torch.int32)
 """Of all parts of a Quantised but the codes."""
-
-
-@triton.jit
-def _fold_sum(x):
-    # torch: while n > 1: n //= 2; x = x[..., :n] + x[..., n:]   [P, BLOCKS, T, K] -> [BLOCKS]
-    # A sum of two terms has no order.
-    P: tl.constexpr = x.shape[0]
-    BLOCKS: tl.constexpr = x.shape[1]
-    T: tl.constexpr = x.shape[2]
-    K: tl.constexpr = x.shape[3]
-    if P > 1:
-        total = _fold_sum(tl.sum(tl.reshape(x, (2, P // 2, BLOCKS, T, K)), 0))
-    elif T > 1:
-        total = _fold_sum(tl.sum(tl.reshape(x, (1, BLOCKS, 2, T // 2, K)), 2))
-    elif K > 1:
-        total = _fold_sum(tl.sum(tl.reshape(x, (1, BLOCKS, 1, 2, K // 2)), 3))
-    else:
-        total = tl.reshape(x, (BLOCKS,))
-    return total
-
-
-@triton.jit
-def _max(x):
-    # torch: x.amax(-1)   [P, BLOCKS, T, K] -> [BLOCKS]
-    return tl.max(tl.max(tl.max(x, 0), 2), 1)
-
-
-@triton.jit
-def _count(x):
-    # torch: x.sum(-1)   [P, BLOCKS, T, K] -> [BLOCKS]
-    return tl.sum(tl.sum(tl.sum(x.to(tl.int32), 0), 2), 1)
 
 
 @triton.jit
@@ -79,8 +50,9 @@ def _nearest(scaled, step, MANTISSA: tl.constexpr, BIAS: tl.constexpr, TOP_BITS:
 
 @triton.jit
 def _errors(magnitude, nearest, half_scale):
-    # torch: |v| - grid[codes] * S   exact: both differences are multiples of the last bit of |v| and
-    # no larger than it; and half of grid[codes] * S, unlike the whole, is always in range
+    # torch: |v| - grid[codes] * S
+    # Exact: both differences are multiples of |v|'s last bit and no larger than |v|; and half of
+    # grid[codes] * S, unlike the whole, is always in range.
     half = nearest * half_scale
     return magnitude - half - half
 
@@ -137,7 +109,7 @@ def _quantise_blocks_kernel(
 
     # torch: refused = ~blocks.isfinite().all(-1); values = blocks.masked_fill(refused, 0)
     bits = x.to(tl.int32, bitcast=True)
-    amax = _max(bits & 0x7FFFFFFF)  # bits of magnitudes order as the numbers do
+    amax = block_max(bits & 0x7FFFFFFF)  # bits of magnitudes order as the numbers do
     refused = amax >= 0x7F800000
     bits = tl.where(refused[None, :, None, None], 0, bits)
     amax = tl.where(refused, 0, amax)
@@ -154,14 +126,14 @@ def _quantise_blocks_kernel(
     half_scale = (e8m0_value(127 + s_max) * 0.5)[None, :, None, None]
     step = tl.zeros((BLOCKS,), tl.int32)
     nearest = _nearest(scaled, step[None, :, None, None], MANTISSA, BIAS, TOP_BITS)
-    best = _fold_sum(_squares(_errors(magnitude, nearest, half_scale)))
+    best = fold_sum(_squares(_errors(magnitude, nearest, half_scale)))
     # Only FP8 knows blocks that have nothing to gain (rules.candidates).
     gaining = tl.min(amax.to(tl.float32, bitcast=True) * inverse) < FP8_LOSING
     for candidate in tl.static_range(1, CANDIDATES):
         if gaining:
             tried = tl.minimum(candidate, s_max - MIN_EXPONENT)
             rounded = _nearest(scaled, tried[None, :, None, None], MANTISSA, BIAS, TOP_BITS)
-            sums = _fold_sum(_squares(_errors(magnitude, rounded, half_scale)))
+            sums = fold_sum(_squares(_errors(magnitude, rounded, half_scale)))
             # torch: better = sums < best * MARGIN
             margin = tl.full((BLOCKS,), MARGIN_BITS, tl.int64).to(tl.float64, bitcast=True)
             better = sums < best * margin
@@ -173,17 +145,17 @@ def _quantise_blocks_kernel(
     saturated = tl.zeros((BLOCKS,), tl.int32)
     if CANDIDATES > 1:
         top = (TOP_BITS - (step << 23)).to(tl.float32, bitcast=True)
-        saturated = _count(scaled > top[None, :, None, None])
+        saturated = block_count(scaled > top[None, :, None, None])
 
     block = (matrix * h + i) * w + j
     stored = i < h
     scales = tl.where(refused, 0xFF, s_max - step + 127).to(tl.uint8)
     tl.store(scales_ptr + block, scales, stored)
-    tl.store(value_squares_ptr + block, _fold_sum(_squares(magnitude)), stored)
+    tl.store(value_squares_ptr + block, fold_sum(_squares(magnitude)), stored)
     tl.store(error_squares_ptr + block, best, stored)
-    tl.store(largest_errors_ptr + block, _max(errors), stored)
+    tl.store(largest_errors_ptr + block, block_max(errors), stored)
     tl.store(saturated_ptr + block, saturated, stored)
-    tl.store(flushed_ptr + block, _count((magnitude > 0) & (nearest == 0)), stored)
+    tl.store(flushed_ptr + block, block_count((magnitude > 0) & (nearest == 0)), stored)
 
     # A grid point times 2**(BIAS - 127) has its code where float32 has exponent and mantissa,
     # subnormals included.
@@ -248,14 +220,3 @@ def quantise_blocks(
             **OPTIONS,
         )
     return Quantised(codes, *figures)
-
-
-def lane_shape(lanes: int) -> dict[str, int]:
-    """How the threads of a program share a block of so many values: T of them hold P runs of K.
-
-    Each holds 32 values, or 64 of a large tile, which has 256 threads at most. The fewer of them
-    are neighbours the more a thread can add up alone; but a warp should read runs of 64 bytes.
-    """
-    threads = max(1, min(lanes // 32, 256))
-    neighbours = min(lanes, 8 if threads < 32 else 4)
-    return {"T": threads, "K": neighbours, "P": lanes // (threads * neighbours)}

@@ -8,8 +8,8 @@ from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.defaults import FP4_GROUP
 from dsv4_quant.kernels.fp4_act_quant_torch import check_even
 from dsv4_quant.kernels.operands_torch import check_float
-from dsv4_quant.kernels.quantise_blocks_torch import Quantised
 from dsv4_quant.kernels.quantise_blocks_triton import quantise_blocks
+from dsv4_quant.kernels.quantised_torch import Quantised
 
 
 def quantise_fp4(

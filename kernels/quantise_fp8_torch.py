@@ -12,7 +12,8 @@ from dsv4_quant.config import FP8_BLOCK
 from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.blocks_torch import join_blocks, split_blocks
 from dsv4_quant.kernels.operands_torch import check_float, check_group
-from dsv4_quant.kernels.quantise_blocks_torch import Quantised, quantise_blocks
+from dsv4_quant.kernels.quantise_blocks_torch import quantise_blocks
+from dsv4_quant.kernels.quantised_torch import Quantised
 
 
 def quantise_fp8(

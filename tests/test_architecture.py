@@ -183,8 +183,8 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(
     "module",
-    ["dsv4_quant", "dsv4_quant.conversion.run", "dsv4_quant.cli.main", "dsv4_quant.validators.verify",
-     "dsv4_quant.hub"],
+    ["dsv4_quant", "dsv4_quant.conversion.run", "dsv4_quant.cli.main",
+     "dsv4_quant.validators.verify", "dsv4_quant.hub"],
 )  # fmt: skip
 def test_starting_imports_nothing_heavy(module: str) -> None:
     """By running: a fresh interpreter."""

@@ -22,7 +22,8 @@ def digest_tensors(
 ) -> dict[str, str]:
     """Hex digests by name, of all weights or of those named.
 
-    Raises NotANumberError at the first NaN, SourceChangedError when a file is cut short.
+    Raises NotANumberError at the first NaN, SourceDamagedError where ranks hold different copies,
+    SourceChangedError when a file is cut short.
     """
     progress = progress or NoProgress()
     chosen = list(checkpoint.specs if names is None else names)
@@ -43,7 +44,7 @@ def digest_tensors(
 
         def work(item: tuple[str, int, int]) -> None:
             name, start, stop = item
-            panel = checkpoint.read_rows(name, start, stop)
+            panel = checkpoint.read_rows(name, start, stop, copies=True)
             leaves = list(hasher.leaves(name, panel, start))
             with lock:  # a finished weight keeps its digest only: V4-Pro has 3 million leaves
                 open_digest = unfinished[name]

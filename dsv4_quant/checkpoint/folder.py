@@ -25,6 +25,8 @@ from dsv4_quant.errors import (
 from dsv4_quant.strict_json import clip, shown
 
 INDEX = "model.safetensors.index.json"
+PARTIAL = ".dsv4-partial"
+"""Where a conversion works until it is complete."""
 MAX_INDEX_BYTES = 32 << 20
 MAX_INDEX_VALUES = 500_000
 """V4-Pro's index has 149,782 values in 12 MB."""
@@ -69,6 +71,11 @@ class Folder:
         return sum(header.data_bytes for header in self.headers.values())
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a file bears the name of a shard or of a rank's file."""
+    return bool(_HF.fullmatch(name) or _MP.fullmatch(name))
+
+
 def survey(root: Path) -> Folder:
     """Looks at a folder. Raises UnreadableError only when it is no checkpoint at all."""
     names = _safetensors_names(root)
@@ -79,6 +86,12 @@ def survey(root: Path) -> Folder:
             f"The folder holds two checkpoints, {hf[0]} ... and {mp[0]} ...",
             file=root,
             hint="Keep each checkpoint in a folder of its own.",
+        )
+    if not mp and not hf and (root / PARTIAL).is_dir():
+        raise UnreadableError(
+            "The folder holds an unfinished conversion",
+            file=root,
+            hint="Run the command that began it again: it continues.",
         )
     if not mp and not hf and not (root / INDEX).is_file():
         raise UnreadableError(
@@ -104,9 +117,7 @@ def survey(root: Path) -> Folder:
 def _safetensors_names(root: Path) -> list[str]:
     try:
         if not root.is_dir():
-            raise UnreadableError(
-                "No such folder", file=root, hint="Give a checkpoint's folder or a Hugging Face id."
-            )
+            raise UnreadableError("No such folder", file=root, hint="Give a checkpoint's folder.")
         with os.scandir(root) as entries:
             found = sorted(entry.name for entry in entries if entry.name.endswith(".safetensors"))
     except OSError as error:

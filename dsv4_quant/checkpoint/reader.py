@@ -21,7 +21,7 @@ from dsv4_quant.checkpoint.folder import INDEX, Folder, check_inside, survey
 from dsv4_quant.checkpoint.matching import match, placed
 from dsv4_quant.checkpoint.placement import geometry
 from dsv4_quant.config import ModelConfig, read_config
-from dsv4_quant.errors import Dsv4Error, SourceChangedError, UnreadableError
+from dsv4_quant.errors import Dsv4Error, SourceChangedError, SourceDamagedError, UnreadableError
 from dsv4_quant.formats.blocks import CODES, SCALES, Tensor
 
 CONFIGS = ("config.json", "inference/config.json")
@@ -108,11 +108,12 @@ class Checkpoint:
         """A whole logical weight."""
         return self.read_rows(name, 0, self.specs[name].matrix[0])
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int, *, copies: bool = False) -> Tensor:
         """Rows [start, stop) of a weight's matrix view; a vector is one row.
 
         For a quantised weight ``start`` must be a multiple of its block's rows; the scales
-        returned are those of the rows' blocks. Raises ValueError for other rows than these.
+        returned are those of the rows' blocks. Raises ValueError for other rows than these. With
+        ``copies`` every rank's copy is read too, and SourceDamagedError raised where one differs.
         """
         spec = self.specs[name]
         b = spec.format.block[0] if spec.format.block else 1
@@ -121,14 +122,31 @@ class Checkpoint:
                 f"{name} {spec.shape} has no rows [{start}, {stop}) that start a block"
             )
         weight, *scale = self.stored(spec)
-        codes = self.read_bytes(self.locate(weight), start, stop).view(CODES[spec.format.kind])
+        read = self.read_agreed if copies else self.read_bytes
+        codes = read(self.locate(weight), start, stop).view(CODES[spec.format.kind])
         whole = (start, stop) == (0, spec.matrix[0])
         shape = spec.shape if whole else (stop - start, spec.matrix[1])
         if not scale:
             return Tensor(spec.format, shape, codes.reshape(shape))
         assert spec.format.scale is not None
-        held = self.read_bytes(self.locate(scale[0]), start // b, -(-stop // b))
+        held = read(self.locate(scale[0]), start // b, -(-stop // b))
         return Tensor(spec.format, shape, codes, held.view(SCALES[spec.format.scale]))
+
+    def read_agreed(self, located: Located, start: int, stop: int) -> Bytes:
+        """``read_bytes``, if all ranks that hold a copy hold the same: else SourceDamagedError."""
+        held = self.read_bytes(located, start, stop)
+        copy = np.empty_like(held) if located.copies else held
+        for extent in located.copies:
+            self.read_into(extent.file, extent.offset + start * extent.row_bytes, copy)
+            if not np.array_equal(copy, held):
+                raise SourceDamagedError(
+                    f"Another copy than that of {located.extents[0].file}: the ranks would compute"
+                    " different things",
+                    file=self.root / extent.file,
+                    tensor=located.tensor.name,
+                    hint="One of the two files is damaged; `dsv4-quant verify` says more.",
+                )
+        return held
 
     def read_bytes(
         self, located: Located, start: int, stop: int, out: Bytes | None = None

@@ -18,13 +18,15 @@ from dsv4_quant.strict_json import clip
 
 MADE_ANEW = frozenset((INDEX, MANIFEST, SUMS, "config.json", "inference/config.json"))
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+UNSEEN = (".DS_Store", ".gitignore")
 MAX_CARRIED_BYTES = 1 << 30
 
 
 def carried_files(root: Path) -> Iterator[tuple[str, Path]]:
     """(name with /, path) of every other file of a checkpoint, sorted: tokenizer, README, code.
 
-    Left out: weights in any form (also pickles), hidden files, and what every output makes anew.
+    Left out: weights in any form (also pickles), hidden folders (.git, .cache), and what every
+    output makes anew.
     Raises UnreadableError at a link that leaves the folder or leads to a folder, at a name that
     SHA256SUMS cannot hold, or at more than 1 GiB in all.
     """
@@ -42,7 +44,7 @@ def carried_files(root: Path) -> Iterator[tuple[str, Path]]:
             path = Path(folder) / file
             name = path.relative_to(root).as_posix()
             weights = file.endswith((".safetensors", *PICKLES))
-            if file.startswith(".") or weights or name in MADE_ANEW:
+            if file in UNSEEN or weights or name in MADE_ANEW:
                 continue
             if not name.isprintable() or "\\" in name:
                 raise UnreadableError(

@@ -39,7 +39,7 @@ class OutputFile:
         self._flags = _DONT_CACHE
         self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             if os.fstat(self._fd).st_size != size:
                 os.ftruncate(self._fd, size)
             _allocate(self._fd, size)

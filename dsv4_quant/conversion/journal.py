@@ -14,18 +14,21 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from dsv4_quant.checkpoint.folder import PARTIAL
 from dsv4_quant.conversion.files import prefix_hashes, sync_folder, write_durably
 from dsv4_quant.errors import BusyError, WriteError
 
-FOLDER = ".dsv4-partial"
+FOLDER = PARTIAL
 _LOCK, _JOURNAL, _NEW = "lock", "journal", "journal.new"
+_REPLACED = "replaced"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Some network filesystems keep none; there it is the user who must not start two runs."""
 
@@ -78,6 +81,7 @@ class Workspace:
                 f"The output folder cannot be made: {error.strerror}", file=out
             ) from None
         self._journal: int | None = None
+        self._replaced = self.folder / _REPLACED
         if not self._is_ours():
             os.close(self._lock)
             raise BusyError(
@@ -85,6 +89,10 @@ class Workspace:
                 file=out,
                 hint="Wait for it to end, or give another OUT.",
             )
+
+        for entry in self.folder.iterdir():
+            if entry.is_symlink():  # nobody may send our writes elsewhere
+                entry.unlink()
 
     def _is_ours(self) -> bool:
         """Takes the lock; not that of a folder which another run has just removed."""
@@ -123,9 +131,32 @@ class Workspace:
     def begin(self, plan: Mapping[str, Any], stamps: Mapping[str, Any]) -> None:
         """Empties the folder and starts a journal for this plan."""
         for entry in self.folder.iterdir():
-            if entry.name != _LOCK:
+            if entry.name not in (_LOCK, _REPLACED):
                 entry.unlink()
         self._start(Journal(plan, stamps))
+
+    def set_aside(self, names: Iterable[str]) -> None:
+        """Moves files of OUT out of the way. Until ``drop_replaced`` they can come back."""
+        for name in names:
+            place, aside = self.out / name, self._replaced / name
+            if place.is_file() and not aside.exists():
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                place.replace(aside)
+                _remove_empty(place.parent, self.out)
+
+    def drop_replaced(self) -> None:
+        """What was set aside is not needed any more: the new output is complete."""
+        if self._replaced.is_dir() and not self._replaced.is_symlink():
+            shutil.rmtree(self._replaced)
+
+    def _put_back(self) -> None:
+        if not self._replaced.is_dir():
+            return
+        for aside in sorted(path for path in self._replaced.rglob("*") if path.is_file()):
+            place = self.out / aside.relative_to(self._replaced)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            aside.replace(place)
+        shutil.rmtree(self._replaced)
 
     def resume(self, before: Journal, stamps: Mapping[str, Any], cuts: int) -> None:
         """Continues a journal after its first so many cuts."""
@@ -184,7 +215,11 @@ class Workspace:
             ) from None
 
     def discard(self) -> None:
-        """Removes the folder and all in it, and OUT too if this run made it and it is empty."""
+        """Removes the folder and all in it, and OUT too if this run made it and it is empty.
+
+        What was set aside and is still there goes back to its place.
+        """
+        self._put_back()
         for entry in self.folder.iterdir():
             entry.unlink()
         self.folder.rmdir()
@@ -197,6 +232,12 @@ class Workspace:
         if journal is not None:
             os.close(journal)
         os.close(self._lock)
+
+
+def _remove_empty(folder: Path, out: Path) -> None:
+    while folder != out and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _cut_line(cut: Cut) -> dict[str, Any]:

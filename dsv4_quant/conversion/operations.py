@@ -123,11 +123,17 @@ def _explain_bf16(panel: Panel) -> NoReturn:
     lost = np.argwhere(~(bf16.is_exact(values) & np.isfinite(values)))
     if len(lost):
         row, col = map(int, lost[0])
-        _not_exact(panel, panel.first_row + row, col, f"{values[row, col]} is not in BF16")
+        _not_exact(panel, panel.first_row + row, col, _beyond(values[row, col]))
     tile = np.argwhere(np.abs(_scales(panel.tensor)) < np.finfo(np.float32).tiny)[0]
     b, c = _block(panel.tensor.format)
     row, col = int(tile[0]) * b, int(tile[1]) * c
     _not_exact(panel, panel.first_row + row, col, "a scale so small that float32 loses the product")
+
+
+def _beyond(value: np.float32) -> str:
+    if np.isinf(value):
+        return "it is beyond the range of BF16"
+    return f"{value} is not in BF16"
 
 
 def _to_fp4(panel: Panel, proof: Proof) -> Codes:
@@ -183,9 +189,17 @@ def _not_exact(panel: Panel, row: int, col: int, why: str) -> NoReturn:
     raise ValueNotExactError(
         f"{panel.tensor.format} to {panel.after} would change a value in {place}: {why}",
         tensor=panel.name,
-        hint="Nothing was lost: the output is not finished. BF16 holds every value of the"
-        " published formats (--experts bf16), and --experts keep copies the codes as they are.",
+        hint=f"No output was made. {_way_out(panel)}",
     )
+
+
+def _way_out(panel: Panel) -> str:
+    """What keeps every value of a weight that its new format cannot hold."""
+    if panel.name.endswith("attn.wo_a.weight"):
+        return "The mp layout holds wo_a in BF16; --layout hf keeps it as it is."
+    if panel.after.kind == "bf16":
+        return "Leave its format as it is: --experts keep, and no --dense bf16."
+    return "--experts keep leaves the codes as they are; --experts bf16 decodes them."
 
 
 def _nan(panel: Panel, row: int, col: int) -> NoReturn:

@@ -27,17 +27,19 @@ from dsv4_quant.conversion.budget import Budget, budget
 from dsv4_quant.conversion.certificate import certificates
 from dsv4_quant.conversion.configs import small_files
 from dsv4_quant.conversion.files import sync_folder, write_durably
-from dsv4_quant.conversion.journal import FOLDER, Resume, Workspace
+from dsv4_quant.conversion.journal import Resume, Workspace
 from dsv4_quant.conversion.plan import Plan, make_plan
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.source import Stamps, held_until_the_end, still_holds, take_stamps
 from dsv4_quant.conversion.stream import Result, Stream
 from dsv4_quant.conversion.target import (
+    check_empty,
     check_room,
     check_separate,
+    earlier_output,
     finished,
     plan_key,
-    remove_checkpoint,
+    stated_digests,
     withdraw,
 )
 from dsv4_quant.errors import (
@@ -85,12 +87,13 @@ def convert(
         progress.stage("planning")
         plan = make_plan(source, request)
         limits = budget(plan, workers=workers, max_memory=max_memory)
+        stated = stated_digests(source)
         target = Path(out)
         check_separate(source.root, target)
-        check_room(plan, target)
+        check_room(plan, target, overwrite=overwrite)
         work = Workspace(target)
         try:
-            run = _Run(work, plan, limits, stamps, progress)
+            run = _Run(work, plan, limits, stamps, stated, progress)
             manifest, done = run.all(overwrite=overwrite)
         except OSError as error:
             raise WriteError(
@@ -111,6 +114,8 @@ class _Run:
     plan: Plan
     limits: Budget
     stamps: Stamps
+    stated: Mapping[str, str]
+    """Digests that the source's own manifest states."""
     progress: Progress
 
     def all(self, *, overwrite: bool) -> tuple[Manifest, int]:
@@ -150,7 +155,7 @@ class _Run:
                 hint="Finish it with its own command, choose another OUT, or give --overwrite.",
             )
         elif overwrite:
-            remove_checkpoint(work.out)
+            work.set_aside(earlier_output(work.out))
         else:
             self._require_empty()
         work.begin(key, self.stamps)
@@ -167,14 +172,11 @@ class _Run:
         )
 
     def _require_empty(self) -> None:
-        strangers = sorted(path.name for path in self.work.out.iterdir() if path.name != FOLDER)
-        if strangers:
+        try:
+            check_empty(self.work.out)
+        except UsageError:
             self.work.discard()
-            raise UsageError(
-                f"OUT is not empty: it holds {strangers[0]}",
-                file=self.work.out,
-                hint="Choose another OUT, or give --overwrite to replace what is there.",
-            )
+            raise
 
     def _stream(self, resume: Resume) -> tuple[dict[str, Result], dict[str, str]]:
         """Runs all steps; gives the result of every weight and the SHA-256 of every file."""
@@ -184,7 +186,9 @@ class _Run:
         progress.advance(sum(mark for mark, _ in resume.prefixes.values()))
         values = self.limits.panel_values
         try:
-            stream = Stream(plan, self.work, resume, values=values, progress=progress)
+            stream = Stream(
+                plan, self.work, resume, values=values, progress=progress, stated=self.stated
+            )
             try:
                 stream.run(self.limits.workers)
             finally:
@@ -236,6 +240,7 @@ def _finish(
     records[MANIFEST] = _place(work, MANIFEST, manifest.to_json())
     _place(work, SUMS, sums(records))
     sync_folder(work.out)
+    work.drop_replaced()
     work.discard()
     sync_folder(work.out)
     return manifest

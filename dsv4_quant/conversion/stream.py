@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
+from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion import operations
@@ -25,6 +26,7 @@ from dsv4_quant.conversion.files import OutputFile
 from dsv4_quant.conversion.journal import Cut, Resume, Workspace
 from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.plan import COPY, Plan, Step
+from dsv4_quant.errors import SourceDamagedError
 from dsv4_quant.formats.blocks import SCALES, Tensor
 from dsv4_quant.progress import Progress
 
@@ -72,9 +74,17 @@ class Stream:
     """One run over a plan's steps, from the resume point to the end."""
 
     def __init__(
-        self, plan: Plan, work: Workspace, resume: Resume, *, values: int, progress: Progress
+        self,
+        plan: Plan,
+        work: Workspace,
+        resume: Resume,
+        *,
+        values: int,
+        progress: Progress,
+        stated: Mapping[str, str],
     ) -> None:
         self._plan, self._work, self._progress = plan, work, progress
+        self._stated = stated
         self._values = values
         self._first = resume.steps
         self.results = {name: Result.from_json(r) for name, r in resume.results.items()}
@@ -173,7 +183,8 @@ class Stream:
         if step.out.is_scale:
             data, first = self._scales(step, bite)
         else:
-            panel, proof = source.read_rows(spec.name, bite.start, bite.stop), Proof()
+            panel = source.read_rows(spec.name, bite.start, bite.stop, copies=True)
+            proof = Proof()
             held = Panel(spec.name, bite.start, panel, step.out.spec.format)
             data, first = operations.weight(step.operation, held, proof), bite.start
             for leaf in hasher.leaves(spec.name, panel, bite.start):
@@ -191,7 +202,10 @@ class Stream:
             weight.bites -= 1
             if not weight.bites:
                 name = self._plan.steps[index].spec.name
-                self.results[name] = Result(weight.digest.hexdigest(), weight.proof)
+                digest = weight.digest.hexdigest()
+                if self._stated.get(name, digest) != digest:
+                    raise _not_as_stated(self._plan.source, name)
+                self.results[name] = Result(digest, weight.proof)
                 del self._open[index]
 
     def _scales(self, step: Step, bite: Bite) -> tuple[NDArray[Any], int]:
@@ -270,6 +284,16 @@ class Stream:
             file.close()
 
 
+def _not_as_stated(source: Checkpoint, name: str) -> SourceDamagedError:
+    return SourceDamagedError(
+        f"The source's values are not those of its own {MANIFEST}",
+        file=source.root,
+        tensor=name,
+        hint="The file is damaged or was edited: `dsv4-quant verify` says more. Restore it and run"
+        " the same command again; or, if you meant the edit, make a new manifest.",
+    )
+
+
 def cuts(plan: Plan, every: int = CUT_BYTES) -> Iterator[tuple[int, dict[int, int]]]:
     """(steps done, bytes of each file done) at about every GiB, and at the end."""
     marks: dict[int, int] = {}
@@ -289,7 +313,7 @@ def read_scales(source: Checkpoint, spec: TensorSpec, start: int, stop: int) -> 
     _, tensor = source.stored(spec)
     block, kind = spec.format.block, spec.format.scale
     assert block is not None and kind is not None
-    held = source.read_bytes(source.locate(tensor), start // block[0], -(-stop // block[0]))
+    held = source.read_agreed(source.locate(tensor), start // block[0], -(-stop // block[0]))
     return held.view(SCALES[kind])
 
 

@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.budget import budget
 from dsv4_quant.conversion.plan import COPY, Plan, make_plan
 from dsv4_quant.conversion.request import Request
-from dsv4_quant.conversion.target import check_separate, disk_room
+from dsv4_quant.conversion.target import check_empty, check_separate, disk_room
 
 EXACTNESS = {
     COPY: "the same bytes",
@@ -54,13 +55,19 @@ def plan_conversion(
     *,
     workers: int | None = None,
     max_memory: int = 4 << 30,
+    overwrite: bool = False,
 ) -> PlanSummary:
-    """The plan of a conversion in figures. Raises what ``convert`` would, but for a full disk."""
+    """The plan of a conversion in figures.
+
+    Raises what ``convert`` would raise before it reads a value, but for a full disk.
+    """
     with Checkpoint.open(src) as source:
         plan = make_plan(source, request)
         limits = budget(plan, workers=workers, max_memory=max_memory)
         check_separate(source.root, Path(out))
-        needed, free = disk_room(plan, Path(out))
+        if not overwrite and Path(out).is_dir() and not (Path(out) / MANIFEST).exists():
+            check_empty(Path(out))
+        needed, free = disk_room(plan, Path(out), overwrite=overwrite)
         return _summary(plan, limits.workers, limits.peak_bytes, needed, free)
 
 

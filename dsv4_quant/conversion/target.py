@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv4_quant import __version__
 from dsv4_quant.checkpoint.digesting import digest_tensors
-from dsv4_quant.checkpoint.folder import INDEX
+from dsv4_quant.checkpoint.folder import INDEX, is_weight_file
 from dsv4_quant.checkpoint.manifest import (
     MANIFEST,
     SUMS,
@@ -19,6 +19,7 @@ from dsv4_quant.checkpoint.manifest import (
     read_manifest,
     sums,
 )
+from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.sidecars import carried_files, identity
 from dsv4_quant.conversion.configs import CONFIG, INFERENCE_CONFIG, small_files
 from dsv4_quant.conversion.files import prefix_hashes
@@ -27,7 +28,6 @@ from dsv4_quant.conversion.plan import Plan
 from dsv4_quant.errors import DiskSpaceError, ManifestError, NotANumberError, UsageError
 from dsv4_quant.progress import Progress
 
-WEIGHTS = "model*.safetensors"
 SMALL_FILE_BYTES = 1 << 16
 """What a config or the fixed part of the manifest may take."""
 
@@ -40,31 +40,72 @@ def check_separate(source: Path, out: Path) -> None:
     here, there = source.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UsageError("OUT and SRC lie inside one another", file=out, hint="Choose another OUT.")
+    if out.is_symlink() and not out.exists():
+        raise UsageError("OUT is a symbolic link to nothing", file=out)
     if out.exists() and not out.is_dir():
         raise UsageError("OUT is not a folder", file=out)
 
 
-def disk_room(plan: Plan, out: Path) -> tuple[int, int]:
-    """Bytes that the output needs, and bytes free for it: what it replaces counts as free."""
+def check_empty(out: Path) -> None:
+    """Raises UsageError when OUT holds anything but an unfinished conversion."""
+    strangers = sorted(path.name for path in out.iterdir() if path.name != FOLDER)
+    if strangers:
+        raise UsageError(
+            f"OUT is not empty: it holds {strangers[0]}",
+            file=out,
+            hint="Choose another OUT, or give --overwrite to replace the checkpoint there. If it"
+            " is an earlier output of this command, `dsv4-quant verify` tells what is wrong.",
+        )
+
+
+def disk_room(plan: Plan, out: Path, *, overwrite: bool = False) -> tuple[int, int]:
+    """Bytes that the output needs, and bytes free for it.
+
+    What an earlier run of this conversion left counts as free; what is replaced does not, because
+    it stays until the new output is complete.
+    """
     place = next(p for p in (out, *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
     carried = dict(carried_files(plan.source.root))
-    names = (*carried, SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG)
-    replaced = {*out.glob(f"{FOLDER}/*"), *out.glob(WEIGHTS), *(out / name for name in names)}
-    free += sum(path.lstat().st_blocks * 512 for path in replaced if path.is_file())
+    is_unfinished = (out / FOLDER).is_dir()
+    ours = [*(out / FOLDER).iterdir()] if is_unfinished else []
+    if is_unfinished or not overwrite:
+        made = (SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG)
+        ours += [out / name for name in (*carried, *made, *(file.name for file in plan.files))]
+    free += sum(_allocated(path) for path in ours)
     small = sum(path.stat().st_size for path in carried.values())
     return plan.bytes + small + 4 * SMALL_FILE_BYTES + STEP_BYTES * len(plan.steps), free
 
 
-def check_room(plan: Plan, out: Path) -> None:
+def _allocated(path: Path) -> int:
+    """Bytes on disk of a file, 0 if it is none, or gone by now."""
+    try:
+        return path.lstat().st_blocks * 512 if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
+
+
+def check_room(plan: Plan, out: Path, *, overwrite: bool = False) -> None:
     """Raises DiskSpaceError when the output does not fit."""
-    need, free = disk_room(plan, out)
+    need, free = disk_room(plan, out, overwrite=overwrite)
     if need > free:
         raise DiskSpaceError(
             f"The output needs {need:,} bytes, {free:,} are free",
             file=out,
-            hint="Nothing was written. Free some space or choose another OUT.",
+            hint="Nothing was written. Free some space or choose another OUT. (--overwrite keeps"
+            " the old output until the new one is complete.)",
         )
+
+
+def stated_digests(source: Checkpoint) -> dict[str, str]:
+    """What the source's own manifest says of its values; nothing where it has none.
+
+    Raises ManifestError where it cannot be read: what it said is lost, so somebody must decide.
+    """
+    if not (source.root / MANIFEST).exists():
+        return {}
+    held = read_manifest(source.root / MANIFEST).tensors
+    return {name: record.digest for name, record in held.items()}
 
 
 def plan_key(plan: Plan) -> dict[str, Any]:
@@ -151,23 +192,13 @@ def withdraw(work: Workspace, plan: Plan) -> None:
             (work.out / file.name).replace(work.folder / file.name)
 
 
-def remove_checkpoint(out: Path) -> None:
-    """Removes an earlier output; its manifest goes first, so that it no longer looks complete."""
+def earlier_output(out: Path) -> list[str]:
+    """The files of the checkpoint that OUT holds; the manifest first, which makes it complete."""
     try:
         listed = list(read_manifest(out / MANIFEST).files)
     except ManifestError:
         listed = []
+    weights = sorted(path.name for path in out.iterdir() if is_weight_file(path.name))
     home = out.resolve()
-    for name in (SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG, *listed):
-        path = out / name
-        if path.parent.resolve().is_relative_to(home):
-            path.unlink(missing_ok=True)
-            _remove_empty(path.parent, out)
-    for path in out.glob(WEIGHTS):
-        path.unlink()
-
-
-def _remove_empty(folder: Path, out: Path) -> None:
-    while folder != out and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
+    names = dict.fromkeys((SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG, *listed, *weights))
+    return [name for name in names if (out / name).parent.resolve().is_relative_to(home)]

@@ -1,8 +1,8 @@
 """How a block of values gets its scale: the rule that every lossy cast takes as an argument.
 
-A block has n values v, a scale ``S = 2**s`` with s from -127 to 127, and a grid of code values whose
-largest is top: 6 for FP4, 448 for FP8. A value becomes the grid point nearest to v / S, ties to the
-even code; what lies beyond top saturates.
+A block has n values v, a scale ``S = 2**s`` with s from -127 to 127, and a grid of code values, top
+being the largest: 6 for FP4, 448 for FP8. A value becomes the grid point nearest to v / S, ties to
+the even code; what lies beyond top saturates.
 
 ``s_max`` is the smallest s with ``max |v| <= top * 2**s``, and never below -127. A block of zeros
 has no such s; it takes what the published quantiser gives it: :data:`ZERO_EXPONENTS`.
@@ -44,8 +44,8 @@ class ScaleRule(Enum):
     LEAST_SQUARES
         Of ``s_max, s_max - 1, ...`` (:func:`candidates`) the one with the least
         ``E = sum((v - code * S)**2)``. A finer grid for the many small values can be worth the
-        saturation of the few large ones. Never worse than MAX in any block, and twice the work; but
-        the largest values of a block, the ones that MAX protects, may shrink.
+        saturation of the few large ones. Never worse than MAX in any block, at up to twice the
+        work; but the largest values of a block, the ones that MAX protects, may shrink.
 
     E is defined to the last bit, so that every implementation chooses alike. All of it is float64.
     The squares are exact. They are laid out row-major, the block at its full size even where the

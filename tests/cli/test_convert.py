@@ -107,7 +107,8 @@ def test_a_plan_that_does_not_fit_exits_with_1(
     ("args", "words"),
     [
         (["--gpus", "3"], "Possible GPU counts: 1, 2, 4."),
-        ([], "Neither --gpus nor --layout was given"),
+        ([], "For how many GPUs?"),
+        (["--layout", "mp"], "For how many GPUs?"),
         (["--gpus", "2", "--layout", "hf"], "--gpus splits over GPUs, --layout hf does not"),
         (["--gpus", "2", "--max-memory", "1MiB"], "too little for this checkpoint"),
         (["--gpus", "2", "--max-memory", "lots"], "is no size"),

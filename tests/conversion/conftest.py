@@ -32,9 +32,14 @@ class Crashes:
         usual = {"src": str(self.source), "request": ["mp", 2, "fp8", "keep"], "cut": 1 << 18}
         return self._run({**usual, "out": str(out), **job})
 
-    def at(self, number: int, action: str) -> dict[str, Any]:
-        """The fault that strikes at that call."""
-        return {"at": number, "action": action}
+    def at(self, number: int, action: str, *, lasting: bool = False) -> dict[str, Any]:
+        """The fault that strikes at that call of the reference run.
+
+        Calls are told by their names and counted for each: threads take turns as they like.
+        """
+        call = self.calls[number]
+        nth = self.calls[:number].count(call)
+        return {"call": call, "nth": nth, "action": action, "lasting": lasting}
 
     def finishes(self, out: Path) -> Outcome:
         """The same command again must give the same bytes and leave nothing else."""

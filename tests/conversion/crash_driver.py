@@ -2,8 +2,9 @@
 
 A job comes as one JSON object per line on stdin, its outcome goes as one line to stdout. Each job
 runs in a fork of this process, so that imports and compiled kernels are paid once; a job with
-``here`` runs in the process itself, and warms them. A job's fault names the number
-of a call (of those in CALLS, counted over all threads) and what happens instead of it:
+``here`` runs in the process itself, and warms them. A job's fault names a call
+(one of CALLS), which of them (the first is 0; ``lasting``: all from there on), and what happens
+instead of it:
 
 kill       SIGKILL
 power      the same, but what no sync has made durable is lost first: written ranges become zeros
@@ -61,10 +62,11 @@ class Faults:
     def standing_for(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.lock:
-                number = len(self.calls)
+                number = self.calls.count(name)
                 self.calls.append(name)
-                if number == self.fault.get("at") or (
-                    name == self.fault.get("call") and number >= self.fault.get("from", 0)
+                if name == self.fault.get("call") and (
+                    number == self.fault["nth"]
+                    or (number > self.fault["nth"] and self.fault.get("lasting"))
                 ):
                     self.strike(name, args)
                 self.before(name, args)
@@ -122,7 +124,7 @@ class Faults:
             file.write(Path(self.fault["by"]).read_bytes())
 
     def lose(self, name: str, args: tuple[Any, ...]) -> None:
-        chance = random.Random(self.fault["at"])
+        chance = random.Random(self.fault["nth"])
         for path, ranges in self.unsynced.items():
             if not Path(path).is_file():
                 continue

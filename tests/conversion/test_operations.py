@@ -191,7 +191,7 @@ class TestToBf16:
             assert found == np.ldexp(np.float64(e2m1.VALUES[code]), scale - 127)
         else:
             place = "row 5, column 35"
-            refused(tmp_path, self.REQUEST, ValueNotExactError, W2, place, "not in BF16")
+            refused(tmp_path, self.REQUEST, ValueNotExactError, W2, place, "range of BF16")
 
     @pytest.mark.parametrize(
         ("code", "scale", "fits"),

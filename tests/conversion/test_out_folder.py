@@ -98,7 +98,7 @@ class TestOutThatCannotBeUsed:
 
     def test_a_link_that_leads_nowhere(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-        with pytest.raises(WriteError, match="cannot be made"):
+        with pytest.raises(UsageError, match="a symbolic link to nothing"):
             convert(source, tmp_path / "out", REQUEST)
         assert not (tmp_path / "nowhere").exists()
 
@@ -126,7 +126,7 @@ class TestOutThatCannotBeUsed:
 class TestUnfinishedOfAnotherPlan:
     def test_it_is_kept_unless_overwritten(self, crashes: Crashes, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        fault = crashes.at(len(crashes.calls) // 2, "kill")
+        fault = crashes.at(len(crashes.calls) // 4, "kill")
         crashes.convert(out, request=["mp", 1, "keep", "keep"], fault=fault)
         before = tree(out)
         with pytest.raises(UsageError, match=r"unfinished conversion.*--overwrite"):
@@ -242,6 +242,18 @@ class TestFilesBesideTheWeights:
         assert json.loads((tmp_path / "out" / "inference" / "config.json").read_bytes())["dim"]
         assert not (tmp_path / "out" / "LICENSE").is_symlink()
         assert not {".git/config", "pytorch_model.bin"} & found.keys()
+
+    def test_a_snapshot_in_the_hubs_cache_is_all_links(
+        self, crashes: Crashes, tmp_path: Path
+    ) -> None:
+        blobs, snapshot = tmp_path / "m" / "blobs", tmp_path / "m" / "snapshots" / "abc"
+        blobs.mkdir(parents=True)
+        for number, name in enumerate(tree(crashes.source)):
+            shutil.copyfile(crashes.source / name, blobs / str(number))
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).symlink_to(blobs / str(number))
+        convert(snapshot, tmp_path / "out", REQUEST)
+        assert tree(tmp_path / "out") == crashes.reference
 
     @pytest.mark.parametrize(
         ("make", "words"),

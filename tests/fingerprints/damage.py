@@ -43,7 +43,7 @@ class Altered:
     def read(self, name: str) -> Tensor:
         return self._alter(name, self._ckpt.read(name))
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int, *, copies: bool = False) -> Tensor:
         if name not in self._whole:
             self._whole[name] = self.read(name)
         whole = self._whole[name]

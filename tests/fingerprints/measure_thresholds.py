@@ -4,6 +4,8 @@
 
 numeric  One fingerprint compared under each of PyTorch's vector units (ATEN_CPU_CAPABILITY), on
          both golden checkpoints and on a synthetic model of 43 layers with 64 experts.
+ties     The 43 layers again, every value of the streams moved by a random part of its size after
+         every sub-layer: how many choices of experts turn, and how many positions that reaches.
 lossy    The golden -Base checkpoint with its FP8 experts rounded to fewer bits, or damaged.
 
 It takes some minutes.
@@ -29,9 +31,11 @@ from dsv4_quant.fingerprints.compare import Comparison, compare
 from dsv4_quant.fingerprints.file import to_json
 from dsv4_quant.fingerprints.make import make_fingerprint
 from dsv4_quant.fingerprints.parse import read_fingerprint
+from dsv4_quant.fingerprints.prompts import choose_prompts
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.formats.blocks import F32, FP4, Tensor
 from dsv4_quant.kernels.fp4_act_quant_torch import fp4_act_quant
+from dsv4_quant.model import Observer, forward
 from dsv4_quant.synth_config import TINY
 from dsv4_quant.synthesis import synth
 from tests.fingerprints.damage import Alteration, Altered
@@ -64,9 +68,12 @@ def main() -> None:
             "tiny-fp4": golden("tiny-fp4"), "tiny-base": golden("tiny-base"), "43 layers": deep,
         }  # fmt: skip
         numeric = [row for name, path in models.items() for row in numeric_rows(name, path)]
+        ties = [tell(row) for row in tie_rows(deep)]
     lossy = [tell(row) for row in lossy_rows(golden("tiny-base"))]
     OUT.write_text(
-        json.dumps({"torch": torch.__version__, "numeric": numeric, "lossy": lossy}, indent=1)
+        json.dumps(
+            {"torch": torch.__version__, "numeric": numeric, "ties": ties, "lossy": lossy}, indent=1
+        )
         + "\n"
     )
 
@@ -98,6 +105,46 @@ def one_unit(path: Path, file: Path) -> dict[str, Any]:
         "streams_typical": short(max(step.typical for step in found.steps)),
         "streams_farthest": short(max(step.farthest for step in found.steps)),
     }
+
+
+class Noise(Observer):
+    """Moves the streams, and keeps who went where."""
+
+    def __init__(self, size: float) -> None:
+        self.size, self.routes = size, dict[tuple[int, int], torch.Tensor]()
+        self._draw = torch.Generator().manual_seed(0)
+
+    def streams(self, layer: int, part: str, prompt: int, h: torch.Tensor) -> None:
+        """Tensors are not to be changed, but for a measurement of what a change does."""
+        if self.size:
+            h.mul_(1 + self.size * torch.randn(h.shape, generator=self._draw))
+
+    def routed(self, layer: int, prompt: int, experts: torch.Tensor) -> None:
+        self.routes[layer, prompt] = experts.sort(-1).values.clone()
+
+
+def tie_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rounding, exaggerated until near ties turn."""
+    with Checkpoint.open(path) as ckpt:
+        prompts = choose_prompts(ckpt)
+        quiet = Noise(0)
+        exact = torch.cat(forward(ckpt, prompts, observer=quiet).logits)
+        for size in (1e-6, 1e-5, 1e-4):
+            noise = Noise(size)
+            moved = torch.cat(forward(ckpt, prompts, observer=noise).logits)
+            apart = (moved - exact).abs().amax(-1)
+            typical = float(apart.median())
+            turned = sum(
+                int((noise.routes[key] != quiet.routes[key]).any(-1).sum()) for key in quiet.routes
+            )
+            yield {
+                "noise": size,
+                "choices": sum(len(route) for route in quiet.routes.values()),
+                "choices_turned": turned,
+                "logit_median": short(typical),
+                "logit_max": short(float(apart.max())),
+                "positions_beyond_10_medians": short(float((apart > 10 * typical).float().mean())),
+            }
 
 
 def lossy_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +129,24 @@ def test_lossy_points_where_the_distance_grows_most() -> None:
     steps = tuple(Step(f"{i}", i, "ffn", False, size, size) for i, size in enumerate(sizes))
     place = begins(Comparison((SPOT,), steps), "lossy")
     assert place is not None and place.layer == 2
+
+
+def test_the_limits_stand_on_the_measurements() -> None:
+    """thresholds.json, by measure_thresholds.py: what must pass passes by far."""
+    measured = json.loads(Path(__file__).with_name("thresholds.json").read_bytes())
+    for row in measured["numeric"]:
+        assert 50 * row["logit_max"] < gates.NUMERIC_LOGIT
+        assert 50 * row["streams_typical"] < gates.NUMERIC_STREAMS
+        assert row["bit_equal"] == (row["unit"] != "default")
+    noisy = next(row for row in measured["ties"] if row["logit_median"] > 1e-4)
+    assert noisy["choices_turned"] > 0 and noisy["logit_median"] < gates.NUMERIC_LOGIT
+    assert 10 * noisy["positions_beyond_10_medians"] < gates.NUMERIC_FAR
+    kl = {row["what"]: row["kl"] for row in measured["lossy"]}
+    assert 3 * kl["experts FP8 -> FP4"] < gates.LOSSY_KL
+    assert (
+        kl["experts FP8 -> 3 bit integers"] < gates.LOSSY_KL < kl["experts FP8 -> 2 bit integers"]
+    )
+    assert min(kl[what] for what in kl if "all" in what or "swapped" in what) > gates.LOSSY_KL
 
 
 logits = hnp.arrays(np.float64, 12, elements=st.floats(-8, 8))

@@ -107,6 +107,19 @@ def test_nan_is_a_finding(ckpt: Checkpoint, recording: Recording) -> None:
     assert verdict.gate is None and "NaN or infinity after ffn of layer 2" in errors(verdict)[0]
 
 
+def test_ranks_that_disagree_are_a_finding(recording: Recording, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(golden("tiny-fp4"), out, Request("mp", 2), workers=2)
+    path, name = out / "model1-mp2.safetensors", "layers.3.ffn.gate.bias"
+    raw = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start + json.loads(raw[8:start])[name]["data_offsets"][0]] ^= 1
+    path.write_bytes(raw)
+    with Checkpoint.open(out) as ckpt:
+        verdict = check_fingerprint(ckpt, recording.fingerprint)
+    assert verdict.gate is None and verdict.findings[0].tensor == name
+
+
 def test_another_model_is_told_before_the_pass(recording: Recording) -> None:
     with Checkpoint.open(golden("tiny-fp4")) as ckpt:
         ckpt.config = replace(ckpt.config, routed_scaling_factor=2.5, rms_norm_eps=1e-5)

@@ -136,12 +136,12 @@ def test_any_geometry(backend, examples):
 def test_stacks_strides_and_byte_types(backend, device):
     """A layer's experts in one call are each expert alone; so is any view of the same bytes."""
     draw = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (2, 3, 6, 64), generator=draw, dtype=torch.uint8).to(device)
-    scales = torch.randint(88, 106, (2, 3, 6, 4), generator=draw, dtype=torch.uint8).to(device)
-    target = fp8((4, 64))
+    packed = torch.randint(0, 256, (2, 2, 6, 64), generator=draw, dtype=torch.uint8).to(device)
+    scales = torch.randint(88, 106, (2, 2, 6, 4), generator=draw, dtype=torch.uint8).to(device)
+    target = fp8((4, 128))
     whole = ops.fp4_to_fp8(packed, scales, FP4, target, backend=backend)
     assert {verdicts.EXACT, verdicts.SPREAD} == set(whole.verdicts.flatten().tolist())
-    for index in [(0, 0), (1, 2)]:
+    for index in [(0, 0), (1, 0)]:
         alone = ops.fp4_to_fp8(packed[index], scales[index], FP4, target, backend=backend)
         assert all(torch.equal(a[index], b) for a, b in zip(whole, alone, strict=True))
     views = packed.transpose(0, 1).view(torch.int8), scales.transpose(0, 1)

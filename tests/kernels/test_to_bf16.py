@@ -1,4 +1,4 @@
-"""fp4_to_bf16 and fp8_to_bf16 against ml_dtypes and the CPU casts: values bit for bit, and flags."""
+"""fp4_to_bf16 and fp8_to_bf16 against ml_dtypes and the CPU casts: every bit, every flag."""
 
 from __future__ import annotations
 
@@ -53,40 +53,41 @@ def test_fp4_every_code_under_every_scale_byte(backend):
     packed = np.arange(256, dtype=np.uint8)
     values = FP4_VALUES[np.stack([packed & 15, packed >> 4], -1).ravel()]
     bits, flags = expected_bits(values * SCALES[:, None])
-    fmt = Format("fp4", (1, 512), "e8m0")
-    found, _ = decode(np.tile(packed, (256, 1)), np.arange(256, dtype=np.uint8)[:, None], fmt, backend)
+    fmt, scales = Format("fp4", (1, 512), "e8m0"), np.arange(256, dtype=np.uint8)
+    found, _ = decode(np.tile(packed, (256, 1)), scales[:, None], fmt, backend)
     np.testing.assert_array_equal(found, bits)
     some = [0, 1, 2, 127, 252, 253, 254, 255]
-    scales = np.array(some, np.uint8)[:, None, None]
-    _, found = decode(np.tile(packed, (len(some), 1, 1)), scales, fmt, backend)
+    _, found = decode(np.tile(packed, (len(some), 1, 1)), scales[some, None, None], fmt, backend)
     np.testing.assert_array_equal(found, np.bitwise_or.reduce(flags[some], -1))
     assert found.tolist() == [0, 0, 0, 0, 0, INEXACT, INEXACT, NAN]
 
 
 @backends
 def test_fp8_every_code_under_every_scale_byte(backend):
-    codes = np.arange(256, dtype=np.uint8)
+    every = codes = np.arange(256, dtype=np.uint8)
     bits, flags = expected_bits(FP8_VALUES * SCALES[:, None])
     fmt = fp8((1, 256))
-    for scales in (np.arange(256, dtype=np.uint8)[:, None], SCALES.astype(np.float32)[:, None]):
-        found, _ = decode(np.tile(codes, (256, 1)), scales, fmt, backend)
-        np.testing.assert_array_equal(found, bits)
-    some = [0, 2, 3, 9, 10, 127, 246, 247, 254, 255]
+    found, _ = decode(np.tile(codes, (256, 1)), every[:, None], fmt, backend)
+    np.testing.assert_array_equal(found, bits)
+    some = [2, 3, 127, 246, 247, 255]
+    scales = SCALES[some].astype(np.float32)[:, None]
+    found, _ = decode(np.tile(codes, (len(some), 1)), scales, fmt, backend)
+    np.testing.assert_array_equal(found, bits[some])
     scales = np.array(some, np.uint8)[:, None, None]
     numbers = np.where((codes & 0x7F) == 0x7F, 0, codes)
     _, found = decode(np.tile(numbers, (len(some), 1, 1)), scales, fmt, backend)
     np.testing.assert_array_equal(found, np.bitwise_or.reduce(flags[some][:, numbers], -1))
-    assert found.tolist() == [INEXACT] * 2 + [0] * 5 + [INEXACT] * 2 + [NAN]
+    assert found.tolist() == [INEXACT, 0, 0, 0, INEXACT, NAN]
 
 
 @backends
 def test_fp8_awkward_float32_scales(backend):
     """Each a matrix: one product in float32, rounded; an infinite scale counts as NaN."""
     scales = np.array(AWKWARD, np.float32)[:, None, None]
-    codes = np.arange(0x7F, dtype=np.uint8)
+    codes, many = np.arange(0x7F, dtype=np.uint8), (len(AWKWARD), 1, 1)
     finite = np.where(np.isinf(scales), np.nan, scales).astype(np.float64)
     bits, flags = expected_bits(FP8_VALUES[codes] * finite)
-    found, found_flags = decode(np.tile(codes, (len(AWKWARD), 1, 1)), scales, fp8((1, 127)), backend)
+    found, found_flags = decode(np.tile(codes, many), scales, fp8((1, 127)), backend)
     np.testing.assert_array_equal(found, bits)
     np.testing.assert_array_equal(found_flags, np.bitwise_or.reduce(flags[:, 0], -1))
 
@@ -141,7 +142,7 @@ def test_the_cpu_casts_agree(backend, examples):
 
 
 @backends
-@pytest.mark.parametrize("fmt", [FP4, Format("fp4", (2, 6), "e8m0"), fp8((4, 32)), fp8((3, 5))], ids=str)
+@pytest.mark.parametrize("fmt", [FP4, Format("fp4", (2, 6), "e8m0"), fp8((4, 32))], ids=str)
 def test_stacks_and_strides(fmt, backend, device):
     """A layer's experts in one call are each expert alone; so is any view; ragged blocks."""
     draw = torch.Generator().manual_seed(0)
