@@ -81,7 +81,7 @@ class Workspace:
                 f"The output folder cannot be made: {error.strerror}", file=out
             ) from None
         self._journal: int | None = None
-        self._replaced = self.folder / _REPLACED
+        self.replaced = self.folder / _REPLACED
         if not self._is_ours():
             os.close(self._lock)
             raise BusyError(
@@ -136,27 +136,34 @@ class Workspace:
         self._start(Journal(plan, stamps))
 
     def set_aside(self, names: Iterable[str]) -> None:
-        """Moves files of OUT out of the way. Until ``drop_replaced`` they can come back."""
+        """Moves files of OUT out of the way. Until ``drop_replaced`` they can come back.
+
+        Durable when this returns: else a power loss could bring them back among the new ones.
+        """
+        touched = {self.out, self.folder}
         for name in names:
-            place, aside = self.out / name, self._replaced / name
+            place, aside = self.out / name, self.replaced / name
             if place.is_file() and not aside.exists():
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 place.replace(aside)
-                _remove_empty(place.parent, self.out)
+                touched |= {place.parent, aside.parent, self.replaced}
+        for folder in touched:
+            sync_folder(folder)
+            _remove_empty(folder, self.out)
 
     def drop_replaced(self) -> None:
         """What was set aside is not needed any more: the new output is complete."""
-        if self._replaced.is_dir() and not self._replaced.is_symlink():
-            shutil.rmtree(self._replaced)
+        if self.replaced.is_dir() and not self.replaced.is_symlink():
+            shutil.rmtree(self.replaced)
 
     def _put_back(self) -> None:
-        if not self._replaced.is_dir():
+        if not self.replaced.is_dir():
             return
-        for aside in sorted(path for path in self._replaced.rglob("*") if path.is_file()):
-            place = self.out / aside.relative_to(self._replaced)
+        for aside in sorted(path for path in self.replaced.rglob("*") if path.is_file()):
+            place = self.out / aside.relative_to(self.replaced)
             place.parent.mkdir(parents=True, exist_ok=True)
             aside.replace(place)
-        shutil.rmtree(self._replaced)
+        shutil.rmtree(self.replaced)
 
     def resume(self, before: Journal, stamps: Mapping[str, Any], cuts: int) -> None:
         """Continues a journal after its first so many cuts."""

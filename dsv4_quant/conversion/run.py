@@ -154,8 +154,11 @@ class _Run:
                 file=work.out,
                 hint="Finish it with its own command, choose another OUT, or give --overwrite.",
             )
+        elif before is not None:
+            for name in earlier_output(work):  # all of them the unfinished run's
+                (work.out / name).unlink(missing_ok=True)
         elif overwrite:
-            work.set_aside(earlier_output(work.out))
+            work.set_aside(earlier_output(work))
         else:
             self._require_empty()
         work.begin(key, self.stamps)

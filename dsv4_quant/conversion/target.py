@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,13 @@ def withdraw(work: Workspace, plan: Plan) -> None:
             (work.out / file.name).replace(work.folder / file.name)
 
 
-def earlier_output(out: Path) -> list[str]:
+def earlier_output(work: Workspace) -> list[str]:
     """The files of the checkpoint that OUT holds; the manifest first, which makes it complete."""
-    try:
-        listed = list(read_manifest(out / MANIFEST).files)
-    except ManifestError:
-        listed = []
+    out = work.out
+    listed: list[str] = []
+    for manifest in (out / MANIFEST, work.replaced / MANIFEST):  # there if a run was cut off
+        with suppress(ManifestError):
+            listed += read_manifest(manifest).files
     weights = sorted(path.name for path in out.iterdir() if is_weight_file(path.name))
     home = out.resolve()
     names = dict.fromkeys((SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG, *listed, *weights))

@@ -41,6 +41,10 @@ class Crashes:
         nth = self.calls[:number].count(call)
         return {"call": call, "nth": nth, "action": action, "lasting": lasting}
 
+    def after_cuts(self, count: int = 3) -> dict[str, Any]:
+        """A kill when so many cuts are in the journal; there is something to continue from."""
+        return {"call": "write", "nth": count, "action": "kill"}
+
     def finishes(self, out: Path) -> Outcome:
         """The same command again must give the same bytes and leave nothing else."""
         outcome = self.convert(out)

@@ -139,6 +139,7 @@ class Faults:
             os.truncate(path, chance.randrange(Path(path).stat().st_size + 1))
         for _ in range(chance.randrange(len(self.renames) + 1)):
             source, target, backup = self.renames.pop()
+            Path(source).parent.mkdir(parents=True, exist_ok=True)
             Path(target).rename(source)
             if backup:
                 Path(backup).rename(target)

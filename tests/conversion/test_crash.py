@@ -102,8 +102,8 @@ def test_a_disk_that_stays_broken(call: str, crashes: Crashes, tmp_path: Path) -
 
 
 def partial(crashes: Crashes, out: Path) -> Path:
-    """The workspace of a run that was killed with two thirds of the calls done."""
-    crashes.convert(out, fault=crashes.at(2 * len(crashes.calls) // 3, "kill"))
+    """The workspace of a run that was killed after three cuts."""
+    assert crashes.convert(out, fault=crashes.after_cuts()) == {"signal": 9}
     return out / FOLDER
 
 
@@ -131,7 +131,8 @@ class TestWhatLiesThereIsJudgedByContent:
         journal = partial(crashes, tmp_path / "first") / "journal"
         ends = [n for n, byte in enumerate(journal.read_bytes()) if byte == ord("\n")]
         assert len(ends) > 2
-        for line, place in enumerate((ends[0] // 2, ends[0] + 5, ends[1] - 9, ends[1] + 300)):
+        middle = (ends[1] + ends[2]) // 2
+        for line, place in enumerate((ends[0] // 2, ends[0] + 5, ends[1] - 9, middle)):
             out = tmp_path / f"{line}"
             flip(partial(crashes, out) / "journal", place)
             crashes.finishes(out)
@@ -194,7 +195,7 @@ class TestFullDisk:
     ) -> None:
         disk.resize(3 << 20)
         with monkeypatch.context() as patch:
-            patch.setattr(target, "disk_room", lambda plan, out: (0, 1))
+            patch.setattr(target, "disk_room", lambda *_, **__: (0, 1))
             if not reserved:
                 patch.setattr("dsv4_quant.conversion.files._allocate", lambda fd, size: None)
             with pytest.raises(WriteError, match=r"No space left.*Make room and run the same"):

@@ -167,12 +167,56 @@ class TestOverwrite:
         assert (tmp_path / "elsewhere" / "generate.py").read_text() == "mine"
         assert list(tree(tmp_path / "elsewhere")) == ["generate.py"]
 
+    @pytest.mark.parametrize("action", ["kill", "power"])
+    def test_killed_at_any_call_nothing_of_the_old_output_mixes_in(
+        self, action: str, crashes: Crashes, tmp_path: Path
+    ) -> None:
+        old = tmp_path / "old"
+        convert(crashes.source, old, Request("hf"))
+        probe = Path(shutil.copytree(old, tmp_path / "probe"))
+        calls = crashes.convert(probe, overwrite=True)["calls"]
+        numbers = [n for n, call in enumerate(calls) if call != "pwritev"]
+        for number in numbers[:24:3] + numbers[24::9]:
+            out = Path(shutil.copytree(old, tmp_path / f"{number}"))
+            call = calls[number]
+            fault = {"call": call, "nth": calls[:number].count(call), "action": action}
+            assert crashes.convert(out, overwrite=True, fault=fault) == {"signal": 9}
+            outcome = crashes.convert(out, overwrite=True)
+            assert "error" not in outcome, outcome
+            assert tree(out) == crashes.reference
+
+    def test_killed_before_it_began_the_old_output_comes_back_without_the_option(
+        self, finished: Path, crashes: Crashes, tmp_path: Path
+    ) -> None:
+        fault = {"call": "replace", "nth": 3, "action": "kill"}
+        request = ["mp", 1, "keep", "keep"]
+        outcome = crashes.convert(finished, overwrite=True, request=request, fault=fault)
+        assert outcome == {"signal": 9}
+        assert not (finished / "dsv4-manifest.json").exists()
+        outcome = crashes.convert(finished, request=request)
+        assert "not empty" in outcome["text"]
+        assert tree(finished) == crashes.reference
+
+    def test_an_unfinished_run_over_an_old_output_leaves_none_of_its_own(
+        self, finished: Path, crashes: Crashes
+    ) -> None:
+        """The first replaces the finished output and is killed when its weights are in place; the
+        second replaces both.
+        """
+        fault = {"call": "replace", "nth": 14, "action": "kill"}
+        outcome = crashes.convert(
+            finished, overwrite=True, request=["hf", 1, "keep", "keep"], fault=fault
+        )
+        assert outcome == {"signal": 9}
+        assert list(finished.glob("model-*.safetensors"))
+        convert(crashes.source, finished, REQUEST, overwrite=True)
+        assert tree(finished) == crashes.reference
+
     def test_killed_it_continues_with_and_without_the_option(
         self, finished: Path, crashes: Crashes
     ) -> None:
         for again in (True, False):
-            fault = crashes.at(3 * len(crashes.calls) // 4, "kill")
-            crashes.convert(finished, overwrite=True, fault=fault)
+            crashes.convert(finished, overwrite=True, fault=crashes.after_cuts())
             assert not (finished / "dsv4-manifest.json").exists()
             assert crashes.convert(finished, overwrite=again)["resumed"] > 0
             assert tree(finished) == crashes.reference
