@@ -149,6 +149,7 @@ class Workspace:
                 touched |= {place.parent, aside.parent, self.replaced}
         for folder in touched:
             sync_folder(folder)
+        for folder in touched:
             _remove_empty(folder, self.out)
 
     def drop_replaced(self) -> None:

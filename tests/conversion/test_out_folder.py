@@ -138,16 +138,21 @@ class TestUnfinishedOfAnotherPlan:
 
 class TestOverwrite:
     def test_nothing_of_the_old_output_stays(self, finished: Path, crashes: Crashes) -> None:
-        (finished / "notes.txt").write_text("mine")
         bare = finished.parent / "bare"
         shutil.copytree(crashes.source, bare)
+        (bare / "a" / "b").mkdir(parents=True)
+        for place in ("a", "a/b"):
+            (bare / place / "x").touch()
+        convert(bare, finished, REQUEST, overwrite=True)
+        (finished / "notes.txt").write_text("mine")
+        shutil.rmtree(bare / "a")
         shutil.rmtree(bare / "inference")
         (bare / "tokenizer.json").unlink()
         convert(bare, finished, Request("hf"), overwrite=True)
         convert(bare, finished.parent / "fresh", Request("hf"))
         (finished / "notes.txt").unlink()
         assert tree(finished) == tree(finished.parent / "fresh")
-        assert not (finished / "inference").exists()
+        assert not [path for path in finished.iterdir() if path.is_dir()]
 
     def test_an_output_without_manifest_too(self, finished: Path, crashes: Crashes) -> None:
         (finished / "dsv4-manifest.json").unlink()
