@@ -5,7 +5,6 @@ Levels are stages that add checks and findings to one report; each includes thos
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
+from dsv4_quant.checkpoint.panels import usable_cores
 from dsv4_quant.errors import UsageError
 from dsv4_quant.hub import published_sha256
 from dsv4_quant.progress import NoProgress, Progress
@@ -112,7 +112,7 @@ def judge(
             findings += wrong
         values = _values_pass(subject, other, progress, stack) if has_values else None
         progress.stage("values" if has_values else level)
-        work.run(values, workers or os.cpu_count() or 1)
+        work.run(values, workers or usable_cores())
     if has_bytes:
         findings += [*work.findings, *judge_hashes(claims, sizes, work.hashes)]
         checks.append(work.check())

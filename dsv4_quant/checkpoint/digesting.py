@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest, model_digest
-from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
+from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, usable_cores, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.progress import NoProgress, Progress
 
@@ -57,7 +56,7 @@ def digest_tensors(
 
         return work
 
-    work_in_threads(panels(), worker, workers or os.cpu_count() or 1)
+    work_in_threads(panels(), worker, workers or usable_cores())
     return {name: found[name] for name in chosen}
 
 

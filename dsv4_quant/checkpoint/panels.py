@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from math import lcm
@@ -33,6 +34,11 @@ def row_ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of each panel."""
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+def usable_cores() -> int:
+    """Threads to use where nobody says: one per core that this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
 def work_in_threads(

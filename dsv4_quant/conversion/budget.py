@@ -9,10 +9,9 @@ weights need more than LEAST_VALUES.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-from dsv4_quant.checkpoint.panels import PANEL_VALUES, row_unit
+from dsv4_quant.checkpoint.panels import PANEL_VALUES, row_unit, usable_cores
 from dsv4_quant.conversion.plan import Plan, Step
 from dsv4_quant.errors import UsageError
 
@@ -35,7 +34,7 @@ class Budget:
 
 def budget(plan: Plan, *, workers: int | None, max_memory: int) -> Budget:
     """Shares out the memory. Raises UsageError that names the least that would do."""
-    threads = workers or len(os.sched_getaffinity(0))
+    threads = workers or usable_cores()
     fixed = BASE_BYTES + WEIGHT_BYTES * len(plan.catalogue.specs)
     narrowest = max(LEAST_VALUES, max(map(_least_values, plan.steps)))
     least = fixed + narrowest * VALUE_BYTES
