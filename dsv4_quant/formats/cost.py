@@ -69,17 +69,16 @@ class Cost:
     @classmethod
     def from_json(cls, value: Any) -> Cost:
         """The inverse of to_json. Raises KeyError, TypeError or ValueError for anything else."""
-        counts = Counter({int(s): int(n) for s, n in value["exponents"].items()})
         return cls(
-            **{
-                name: float(value[name])
-                for name in ("value_squares", "error_squares", "largest_error")
-            },
-            **{
-                name: int(value[name])
-                for name in ("values", "saturated", "flushed", "blocks", "exact_blocks")
-            },
-            exponents=counts,
+            values=int(value["values"]),
+            value_squares=float(value["value_squares"]),
+            error_squares=float(value["error_squares"]),
+            largest_error=float(value["largest_error"]),
+            saturated=int(value["saturated"]),
+            flushed=int(value["flushed"]),
+            blocks=int(value["blocks"]),
+            exact_blocks=int(value["exact_blocks"]),
+            exponents=Counter({int(s): int(n) for s, n in value["exponents"].items()}),
         )
 
 
