@@ -12,6 +12,7 @@ from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, S
 from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.errors import UsageError
+from dsv4_quant.formats.rules import ScaleRule
 
 
 class Layout(StrEnum):
@@ -34,7 +35,15 @@ class Dense(StrEnum):
     """What every other quantised weight is stored in."""
 
     keep = "keep"
+    fp8 = "fp8"
     bf16 = "bf16"
+
+
+class Rule(StrEnum):
+    """How blocks that are rounded get their scales."""
+
+    least_squares = "least-squares"
+    max = "max"
 
 
 def command(
@@ -51,6 +60,20 @@ def command(
     dense: Annotated[
         Dense, typer.Option("--dense", help="The format of every other quantised weight.")
     ] = Dense.keep,
+    lossy: Annotated[
+        bool,
+        typer.Option(
+            "--lossy", help="Round what the new format cannot hold, and tell what that costs."
+        ),
+    ] = False,
+    scale_rule: Annotated[
+        Rule,
+        typer.Option(
+            "--scale-rule",
+            help="With --lossy. least-squares: per block the power of two with the least error."
+            " max: the smallest that reaches the largest value, as the published quantiser.",
+        ),
+    ] = Rule.least_squares,
     dry_run: DryRun = False,
     workers: Workers = None,
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
@@ -62,31 +85,42 @@ def command(
     """Convert a checkpoint: another layout, GPU count or format of the experts.
 
     Every value stays what it is: a conversion that would change one is refused, and names the
-    tensor and the tile. The output comes with a manifest of what was proved. After a crash or a
-    full disk, the same command continues where the last one stopped.
+    tensor and the tile, unless --lossy allows it: then every change is counted. The output comes
+    with a manifest of what was proved and what it cost. After a crash or a full disk, the same
+    command continues where the last one stopped.
 
     \b
     Examples:
       dsv4-quant convert DeepSeek-V4-Flash flash-fp8-mp8 --gpus 8 --experts fp8
       dsv4-quant convert deepseek-ai/DeepSeek-V4-Flash flash-bf16 --layout hf --experts bf16
       dsv4-quant convert DeepSeek-V4-Pro pro-mp16 --gpus 16 --dry-run
+      dsv4-quant convert DeepSeek-V4-Flash-Base base-fp4 --layout hf --experts fp4 --lossy
     """
     conversion.run(
-        src, out, make_request(gpus, layout, experts, dense),
+        src, out, make_request(gpus, layout, experts, dense, lossy=lossy, rule=scale_rule),
         dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite,
         json=json, quiet=quiet,
     )  # fmt: skip
 
 
-def make_request(gpus: int | None, layout: str | None, experts: Experts, dense: Dense) -> Request:
+def make_request(
+    gpus: int | None,
+    layout: str | None,
+    experts: Experts,
+    dense: Dense,
+    *,
+    lossy: bool = False,
+    rule: Rule = Rule.least_squares,
+) -> Request:
     """The request that the options make; --gpus implies mp."""
+    chosen = ScaleRule(rule.value)
     if layout == "hf":
         if gpus is not None:
             raise UsageError("--gpus splits over GPUs, --layout hf does not: give one of them")
-        return Request("hf", 1, experts.value, dense.value)
+        return Request("hf", 1, experts.value, dense.value, lossy, chosen)
     if gpus is None:
         raise UsageError(
             "For how many GPUs? Neither --gpus N nor --layout hf was given",
             hint="--gpus N makes one file per GPU, --layout hf shards as published.",
         )
-    return Request("mp", gpus, experts.value, dense.value)
+    return Request("mp", gpus, experts.value, dense.value, lossy, chosen)

@@ -46,6 +46,8 @@ class Folder:
     root: Path
     layout: Layout
     gpus: int
+    freed: Path | None = None
+    """Where the headers of shards lie that a ``convert --move`` has freed already."""
     headers: dict[str, Header] = field(default_factory=dict)
     """By file name; in an mp checkpoint in the order of the ranks."""
     index: dict[str, str] = field(default_factory=dict)
@@ -76,9 +78,14 @@ def is_weight_file(name: str) -> bool:
     return bool(_HF.fullmatch(name) or _MP.fullmatch(name))
 
 
-def survey(root: Path) -> Folder:
-    """Looks at a folder. Raises UnreadableError only when it is no checkpoint at all."""
+def survey(root: Path, freed: Path | None = None) -> Folder:
+    """Looks at a folder. Raises UnreadableError only when it is no checkpoint at all.
+
+    ``freed``: a folder of headers that stand for files which are not there any more.
+    """
     names = _safetensors_names(root)
+    if freed is not None:
+        names = sorted({*names, *_safetensors_names(freed)})
     mp = [name for name in names if _MP.fullmatch(name)]
     hf = [name for name in names if _HF.fullmatch(name)]
     if mp and hf:
@@ -97,7 +104,7 @@ def survey(root: Path) -> Folder:
         raise UnreadableError(
             "The folder holds no model-*-of-*.safetensors and no model*-mp*.safetensors", file=root
         )
-    folder = Folder(root, "mp" if mp else "hf", 1)
+    folder = Folder(root, "mp" if mp else "hf", 1, freed)
     stray = set(names) - set(mp) - set(hf)
     folder.report(
         UnreadableError(
@@ -130,9 +137,11 @@ def _safetensors_names(root: Path) -> list[str]:
 
 
 def _read(folder: Folder, name: str) -> None:
-    path = folder.root / name
+    path, home = folder.root / name, folder.root
+    if folder.freed is not None and not path.exists():
+        path, home = folder.freed / name, folder.freed
     try:
-        check_inside(folder.root, path)
+        check_inside(home, path)
         header = read_header(path)
     except Dsv4Error as error:
         folder.report([error])

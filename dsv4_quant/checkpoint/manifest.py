@@ -16,6 +16,7 @@ from typing import Any
 
 from dsv4_quant import strict_json
 from dsv4_quant.checkpoint.digest import model_digest
+from dsv4_quant.checkpoint.requantised import Requantised
 from dsv4_quant.errors import ManifestError
 
 MANIFEST = "dsv4-manifest.json"
@@ -38,10 +39,14 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """One logical weight: how it is stored, and the digest of its values."""
+    """One logical weight: how it is stored, and the digest of its values.
+
+    ``source`` is the digest of the values that it was made of, where they are not the same.
+    """
 
     format: str
     digest: str
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     certificate: Mapping[str, Certificate] = field(default_factory=dict)
+    requantised: Requantised | None = None
 
     @property
     def value_digest(self) -> str:
@@ -91,9 +97,19 @@ class Manifest:
             "certificate": {op: asdict(proof) for op, proof in self.certificate.items()},
         }
         text = json.dumps(head, indent=2)[:-2]
+        if self.requantised is not None:
+            text += ',\n  "requantised": ' + self.requantised.to_json()
         text += ',\n  "files": ' + _lines({n: asdict(r) for n, r in sorted(self.files.items())})
-        text += ',\n  "tensors": ' + _lines({n: asdict(r) for n, r in sorted(self.tensors.items())})
+        tensors = {n: _record(r) for n, r in sorted(self.tensors.items())}
+        text += ',\n  "tensors": ' + _lines(tensors)
         return (text + "\n}\n").encode()
+
+
+def _record(record: TensorRecord) -> dict[str, Any]:
+    found = asdict(record)
+    if record.source is None:
+        del found["source"]
+    return found
 
 
 def _lines(table: Mapping[str, Any]) -> str:
@@ -133,7 +149,8 @@ def _parse(raw: Any) -> Manifest:
             raise ValueError(f"sha256 of {name!r}")
     tensors = {name: TensorRecord(**record) for name, record in raw["tensors"].items()}
     for name, record in tensors.items():
-        if not _HEX.fullmatch(record.digest) or not isinstance(record.format, str):
+        hashes = (record.digest, record.source or record.digest)
+        if not all(map(_HEX.fullmatch, hashes)) or not isinstance(record.format, str):
             raise ValueError(f"digest of {name!r}")
     manifest = Manifest(
         tool=str(raw["tool"]),
@@ -153,6 +170,7 @@ def _parse(raw: Any) -> Manifest:
             )
             for op, proof in raw["certificate"].items()
         },
+        requantised=Requantised.from_json(raw["requantised"]) if "requantised" in raw else None,
     )
     if raw["value_digest"] != manifest.value_digest:
         raise ValueError("value_digest is not that of its own tensors")

@@ -65,9 +65,15 @@ class Checkpoint:
         self._files = _OpenFiles(folder)
 
     @classmethod
-    def open(cls, root: str | Path, config: Path | None = None) -> Checkpoint:
-        """Reads config, index and headers. Raises UnreadableError if anything is wrong."""
-        folder, parsed, catalogue = inspect_folder(Path(root), config)
+    def open(
+        cls, root: str | Path, config: Path | None = None, freed: Path | None = None
+    ) -> Checkpoint:
+        """Reads config, index and headers. Raises UnreadableError if anything is wrong.
+
+        ``freed`` holds the headers of files that a move has freed: they can be planned with, not
+        read.
+        """
+        folder, parsed, catalogue = inspect_folder(Path(root), config, freed)
         if folder.problems:
             raise summary(folder)
         assert parsed is not None and catalogue is not None
@@ -202,10 +208,10 @@ class Checkpoint:
 
 
 def inspect_folder(
-    root: Path, config: Path | None = None
+    root: Path, config: Path | None = None, freed: Path | None = None
 ) -> tuple[Folder, ModelConfig | None, Catalogue | None]:
     """Everything that headers and config can tell, with every problem listed in the folder."""
-    folder = survey(root)
+    folder = survey(root, freed)
     path = config or next((root / c for c in CONFIGS if (root / c).exists()), root / CONFIGS[0])
     try:
         if config is None:

@@ -19,7 +19,7 @@ def certificates(plan: Plan, results: Mapping[str, Result]) -> dict[str, Certifi
     """Per operation, what its tiles proved; copies need no proof."""
     names: dict[str, list[str]] = {}
     for step in plan.steps:
-        if not step.out.is_scale and step.operation != COPY:
+        if not step.out.is_scale and step.operation != COPY and not step.lossy:
             names.setdefault(step.operation, []).append(step.spec.name)
     return {operation: _certificate(plan, results, weights) for operation, weights in names.items()}
 

@@ -1,7 +1,8 @@
 """What a step does to a panel of rows, and what it proves on the way.
 
-Every road is exact or refused: a value that the new format cannot hold stops the conversion with
-the tensor and the place named. A *tile* is what shares one scale in the new format.
+Every road here is exact or refused: a value that the new format cannot hold stops the conversion
+with the tensor and the place named. ``requantise`` has the roads that round. A *tile* is what
+shares one scale in the new format.
 
 fp4_to_fp8   the published rule: tile scale = largest of its scales / 2**6, code 8 becomes +0;
              exact iff every non-zero code survives (spread of exponents up to 14)
@@ -20,7 +21,6 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_quant.checkpoint.digest import IS_NAN, NOT_BF16
 from dsv4_quant.errors import NotANumberError, ValueNotExactError
 from dsv4_quant.formats import bf16, e8m0
 from dsv4_quant.formats.blocks import Format, Tensor
@@ -29,6 +29,7 @@ from dsv4_quant.kernels.bf16_to_fp8_numba import bf16_to_fp8_exact, fp8_scales_e
 from dsv4_quant.kernels.fp4_to_bf16_numba import fp4_to_bf16
 from dsv4_quant.kernels.fp4_to_fp8_numba import fp4_to_fp8, fp8_scales
 from dsv4_quant.kernels.fp8_to_bf16_numba import fp8_to_bf16
+from dsv4_quant.kernels.jit_numba import INEXACT, NAN
 
 Codes = NDArray[np.uint8]
 Half = NDArray[np.uint16]
@@ -73,7 +74,7 @@ def _fp4_to_fp8(panel: Panel, proof: Proof) -> Codes:
     if bad:
         tile_row, tile_col, _, least, most = (int(value) for value in result[:5])
         if most == 0xFF:
-            _nan(panel, panel.first_row + tile_row * b, tile_col * c)
+            refuse_nan(panel, panel.first_row + tile_row * b, tile_col * c)
         _not_exact(
             panel,
             panel.first_row + tile_row * b,
@@ -108,7 +109,7 @@ def _to_bf16(panel: Panel, proof: Proof | None = None) -> Half:
         flags = fp4_to_bf16(tensor.codes, _scales(tensor), c, out)
     else:
         flags = fp8_to_bf16(tensor.codes, _scales(tensor), 0, b, c, out)
-    if flags & (IS_NAN | NOT_BF16):
+    if flags & (NAN | INEXACT):
         _explain_bf16(panel)
     return out
 
@@ -119,7 +120,7 @@ def _explain_bf16(panel: Panel) -> NoReturn:
         values = panel.tensor.decode()
     nan = np.argwhere(np.isnan(values))
     if len(nan):
-        _nan(panel, panel.first_row + int(nan[0][0]), int(nan[0][1]))
+        refuse_nan(panel, panel.first_row + int(nan[0][0]), int(nan[0][1]))
     lost = np.argwhere(~(bf16.is_exact(values) & np.isfinite(values)))
     if len(lost):
         row, col = map(int, lost[0])
@@ -172,9 +173,9 @@ def _to_fp8_scales(panel: Panel) -> NDArray[Any]:
 def _check_codes(panel: Panel, flags: int, at: NDArray[np.int64]) -> None:
     """Refuses what an exact encoder could not hold; ``at``: row, column, BF16 bits of a value."""
     row, col = panel.first_row + int(at[0]), int(at[1])
-    if flags & IS_NAN:
-        _nan(panel, row, col)
-    if flags & NOT_BF16:
+    if flags & NAN:
+        refuse_nan(panel, row, col)
+    if flags & INEXACT:
         b, c = _block(panel.after)
         value = bf16.decode(np.array([at[2]], np.uint16))[0]
         why = f"{value:g} is not on the grid that reaches the tile's largest value"
@@ -199,10 +200,14 @@ def _way_out(panel: Panel) -> str:
         return "The mp layout holds wo_a in BF16; --layout hf keeps it as it is."
     if panel.after.kind == "bf16":
         return "Leave its format as it is: --experts keep, and no --dense bf16."
-    return "--experts keep leaves the codes as they are; --experts bf16 decodes them."
+    return (
+        "--experts keep leaves the codes as they are, --experts bf16 decodes them; --lossy rounds"
+        " and tells what that costs."
+    )
 
 
-def _nan(panel: Panel, row: int, col: int) -> NoReturn:
+def refuse_nan(panel: Panel, row: int, col: int) -> NoReturn:
+    """Raises NotANumberError: there is nothing that such a value could become."""
     raise NotANumberError(
         f"A NaN (or infinity, or a scale of 0xFF) at row {row}, column {col}",
         tensor=panel.name,

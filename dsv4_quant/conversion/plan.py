@@ -54,6 +54,8 @@ class Step:
     operation: str
     out: StoredTensor
     targets: tuple[Target, ...]
+    lossy: bool = False
+    """Values are rounded where the operation is not exact, and what that costs is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,11 @@ class Plan:
         return sum(file.size for file in self.files)
 
     @cached_property
+    def is_lossy(self) -> bool:
+        """Whether any value may change."""
+        return any(step.lossy for step in self.steps)
+
+    @cached_property
     def operations(self) -> Counter[str]:
         """How many weights go through each operation."""
         return Counter(step.operation for step in self.steps if not step.out.is_scale)
@@ -104,7 +111,13 @@ def make_plan(source: Checkpoint, request: Request) -> Plan:
     ]  # fmt: skip
     files, places = _lay_out(held, catalogue, request)
     steps = [
-        Step(spec, operation_name(spec.format, tensor.spec.format), tensor, places[tensor.name])
+        Step(
+            spec,
+            operation_name(spec.format, tensor.spec.format),
+            tensor,
+            places[tensor.name],
+            request.lossy and may_round(spec.format, tensor.spec.format),
+        )
         for spec, tensor in held
     ]
     steps.sort(key=lambda step: _order(step, request.layout))
@@ -121,9 +134,13 @@ def output_formats(source: Checkpoint, request: Request) -> Formats:
         "fp8": held.experts if held.experts.kind == "fp8" else fp8(block),
         "bf16": BF16,
     }[request.experts]
-    dense = BF16 if request.dense == "bf16" else held.dense
+    dense = {
+        "keep": held.dense,
+        "fp8": held.dense if held.dense.kind == "fp8" else fp8(block),
+        "bf16": BF16,
+    }[request.dense]
     # wo_a: BF16 in every published mp layout; on the way back to hf it becomes FP8 again
-    restored = dense if source.layout == "mp" else held.wo_a
+    restored = dense if source.layout == "mp" or request.dense == "fp8" else held.wo_a
     wo_a = BF16 if request.layout == "mp" or dense == BF16 else restored
     return Formats(experts=experts, dense=dense, wo_a=wo_a)
 
@@ -163,6 +180,17 @@ def operation_name(before: Format, after: Format) -> str:
     if before.kind == after.kind:
         raise UsageError(f"There is no way from {before} to {after}")
     return name
+
+
+def may_round(before: Format, after: Format) -> bool:
+    """Whether a cast can be one that changes values: to fewer bits, or from scales in float32.
+
+    FP4 and FP8 with power-of-two scales decode to BF16 exactly, but for values that BF16 cannot
+    reach at all; those are refused, rounding would not help them.
+    """
+    if before == after:
+        return False
+    return after.kind != "bf16" or before.scale == "f32"
 
 
 def _order(step: Step, layout: Layout) -> tuple[int, int, str]:

@@ -7,9 +7,10 @@ from typing import Literal
 
 from dsv4_quant.catalogue import Layout
 from dsv4_quant.errors import UsageError
+from dsv4_quant.formats.rules import ScaleRule
 
 Experts = Literal["keep", "fp4", "fp8", "bf16"]
-Dense = Literal["keep", "bf16"]
+Dense = Literal["keep", "fp8", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,10 @@ class Request:
     gpus: int = 1
     experts: Experts = "keep"
     dense: Dense = "keep"
+    lossy: bool = False
+    """Round what the new format cannot hold, instead of refusing it."""
+    rule: ScaleRule = ScaleRule.LEAST_SQUARES
+    """How rounded blocks get their scales."""
 
     def __post_init__(self) -> None:
         if self.layout == "hf" and self.gpus != 1:

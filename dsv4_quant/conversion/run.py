@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint.manifest import (
     MANIFEST,
     SUMS,
@@ -23,6 +24,7 @@ from dsv4_quant.checkpoint.manifest import (
     sums,
 )
 from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.checkpoint.requantised import Requantised, by_layer
 from dsv4_quant.conversion.budget import Budget, budget
 from dsv4_quant.conversion.certificate import certificates
 from dsv4_quant.conversion.configs import small_files
@@ -143,7 +145,7 @@ class _Run:
             resume = work.sound(before.cuts)
             if resume.steps < len(self.plan.steps):
                 withdraw(work, self.plan)
-            digests = {name: result[0] for name, result in resume.results.items()}
+            digests = {name: Result.from_json(r).read for name, r in resume.results.items()}
             if self._still_holds(digests, before.stamps):
                 work.resume(before, self.stamps, resume.cuts)
                 return resume
@@ -207,7 +209,7 @@ class _Run:
 
     def _confirm_source(self, results: Mapping[str, Result]) -> None:
         """Raises SourceChangedError when not all was read from one and the same source."""
-        digests = {name: result.digest for name, result in results.items()}
+        digests = {name: result.read for name, result in results.items()}
         if held_until_the_end(
             self.plan.source,
             digests,
@@ -276,14 +278,29 @@ def _manifest(
         gpus=key["gpus"],
         formats=key["formats"],
         files=dict(records),
-        tensors={
-            name: TensorRecord(str(specs[name].format), results[name].digest) for name in specs
-        },
+        tensors={name: _record(specs[name], results[name]) for name in specs},
         source={
             "layout": plan.source.layout,
             "gpus": plan.source.gpus,
             "identity": key["source"],
         },
-        options={"experts": plan.request.experts, "dense": plan.request.dense},
+        options={
+            "experts": plan.request.experts,
+            "dense": plan.request.dense,
+            "lossy": plan.request.lossy,
+        },
         certificate=certificates(plan, results),
+        requantised=_requantised(plan, results),
     )
+
+
+def _record(spec: TensorSpec, result: Result) -> TensorRecord:
+    source = None if result.read == result.digest else result.read
+    return TensorRecord(str(spec.format), result.digest, source)
+
+
+def _requantised(plan: Plan, results: Mapping[str, Result]) -> Requantised | None:
+    costs = {name: result.cost for name, result in results.items() if result.cost is not None}
+    if not plan.is_lossy:
+        return None
+    return Requantised(plan.request.rule.value, costs, by_layer(plan.catalogue.specs.values(), costs))

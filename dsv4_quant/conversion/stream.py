@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,11 @@ from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.plan import COPY, Plan, Step
 from dsv4_quant.errors import SourceDamagedError
 from dsv4_quant.formats.blocks import SCALES, Tensor
+from dsv4_quant.formats.cost import Cost
 from dsv4_quant.progress import Progress
+
+if TYPE_CHECKING:
+    from dsv4_quant.kernels.figures_numba import Figures
 
 CUT_BYTES = 1 << 30
 BATCH_BYTES = 1 << 20
@@ -48,26 +52,38 @@ class Bite:
 class Result:
     """What a weight's step gives besides its bytes."""
 
+    read: str
+    """Digest of the values that were read."""
     digest: str
+    """Digest of the values that were written: another only where they were rounded."""
     proof: Proof
+    cost: Cost | None = None
+    """Of rounding, where that was allowed."""
 
     def to_json(self) -> list[Any]:
         """For the journal."""
-        return [self.digest, self.proof.tiles, sorted(self.proof.spreads.items())]
+        spreads = sorted(self.proof.spreads.items())
+        cost = self.cost and self.cost.to_json()
+        return [self.read, self.digest, self.proof.tiles, spreads, cost]
 
     @classmethod
     def from_json(cls, value: Any) -> Result:
         """The inverse of to_json."""
-        return cls(value[0], Proof(value[1], Counter(dict(value[2]))))
+        read, digest, tiles, spreads, cost = value
+        proof = Proof(tiles, Counter(dict(spreads)))
+        return cls(read, digest, proof, cost and Cost.from_json(cost))
 
 
 @dataclass(slots=True)
 class _OpenWeight:
     """A weight some of whose bites are still to come."""
 
-    digest: TensorDigest
-    proof: Proof
+    read: TensorDigest
+    written: TensorDigest
     bites: int
+    proof: Proof = field(default_factory=Proof)
+    figures: dict[int, Figures] = field(default_factory=dict)
+    """By first row, where values may be rounded."""
 
 
 class Stream:
@@ -165,8 +181,9 @@ class Stream:
             rows = step.spec.matrix[0]
             height = panel_rows(step.spec, (step.out.spec.format,), self._values)
             if not step.out.is_scale:
-                bites = -(-rows // height)
-                self._open[index] = _OpenWeight(TensorDigest(*step.spec.matrix), Proof(), bites)
+                read = TensorDigest(*step.spec.matrix)
+                written = TensorDigest(*step.spec.matrix) if step.lossy else read
+                self._open[index] = _OpenWeight(read, written, -(-rows // height))
             for start, stop in row_ranges(rows, height):
                 batch.append(Bite(index, start, stop))
                 size += step.out.nbytes * (stop - start) // rows
@@ -184,14 +201,29 @@ class Stream:
             data, first = self._scales(step, bite)
         else:
             panel = source.read_rows(spec.name, bite.start, bite.stop, copies=True)
-            proof = Proof()
             held = Panel(spec.name, bite.start, panel, step.out.spec.format)
-            data, first = operations.weight(step.operation, held, proof), bite.start
+            weight = self._open[bite.step]
+            if step.lossy:
+                data, first = self._rounded(weight, held, hasher), bite.start
+                proof = Proof()
+            else:
+                proof = Proof()
+                data, first = operations.weight(step.operation, held, proof), bite.start
             for leaf in hasher.leaves(spec.name, panel, bite.start):
-                self._open[bite.step].digest.add(*leaf)
+                weight.read.add(*leaf)
             self._finish(bite.step, proof)
         rows = 1 if len(spec.shape) == 1 else data.shape[0]
         self._write(step, first, data.reshape(rows, -1).view(np.uint8))
+
+    def _rounded(self, weight: _OpenWeight, panel: Panel, hasher: LeafHasher) -> NDArray[Any]:
+        """Codes of the rows in their new format; what that costs is kept until the last bite."""
+        from dsv4_quant.conversion.requantise import requantise
+
+        rounded = requantise(panel, self._plan.request.rule)
+        weight.figures[panel.first_row] = rounded.figures
+        for leaf in hasher.leaves(panel.name, rounded.tensor, panel.first_row):
+            weight.written.add(*leaf)
+        return rounded.tensor.codes
 
     def _finish(self, index: int, proof: Proof) -> None:
         """Adds a bite's proof; the last bite of a weight completes its result."""
@@ -201,11 +233,13 @@ class Stream:
             weight.proof.spreads += proof.spreads
             weight.bites -= 1
             if not weight.bites:
-                name = self._plan.steps[index].spec.name
-                digest = weight.digest.hexdigest()
-                if self._stated.get(name, digest) != digest:
+                step = self._plan.steps[index]
+                name, read = step.spec.name, weight.read.hexdigest()
+                if self._stated.get(name, read) != read:
                     raise _not_as_stated(self._plan.source, name)
-                self.results[name] = Result(digest, weight.proof)
+                written = weight.written.hexdigest() if step.lossy else read
+                cost = _cost(step, weight.figures) if step.lossy else None
+                self.results[name] = Result(read, written, weight.proof, cost)
                 del self._open[index]
 
     def _scales(self, step: Step, bite: Bite) -> tuple[NDArray[Any], int]:
@@ -215,7 +249,7 @@ class Stream:
         first = bite.start // block[0]
         if step.operation == COPY:
             return read_scales(self._plan.source, step.spec, bite.start, bite.stop), first
-        if step.operation == "fp4_to_fp8":  # made of scales alone
+        if step.operation == "fp4_to_fp8" and not step.lossy:  # made of scales alone
             held = read_scales(self._plan.source, step.spec, bite.start, bite.stop)
             codes = np.empty((bite.stop - bite.start, 0), np.uint8)
             shape = (bite.stop - bite.start, step.spec.matrix[1])
@@ -223,6 +257,10 @@ class Stream:
         else:
             panel = self._plan.source.read_rows(step.spec.name, bite.start, bite.stop)
         held_panel = Panel(step.spec.name, bite.start, panel, step.out.spec.format)
+        if step.lossy:
+            from dsv4_quant.conversion.requantise import rounded_scales
+
+            return rounded_scales(held_panel, self._plan.request.rule), first
         return operations.scale(step.operation, held_panel), first
 
     def _write(self, step: Step, first: int, data: NDArray[np.uint8]) -> None:
@@ -282,6 +320,14 @@ class Stream:
         """Closes all output files."""
         for file in self.files:
             file.close()
+
+
+def _cost(step: Step, figures: Mapping[int, Figures]) -> Cost:
+    """Of a whole weight, from its panels' figures."""
+    from dsv4_quant.kernels.figures_numba import cost_of
+
+    rows, cols = step.spec.matrix
+    return cost_of([figures[first] for first in sorted(figures)], rows * cols)
 
 
 def _not_as_stated(source: Checkpoint, name: str) -> SourceDamagedError:

@@ -24,6 +24,9 @@ EXACTNESS = {
 }
 
 
+ROUNDED = "rounded where it must be, and what that costs is counted"
+
+
 @dataclass(frozen=True, slots=True)
 class PlanSummary:
     """A conversion before it begins."""
@@ -74,6 +77,7 @@ def plan_conversion(
 def _summary(plan: Plan, workers: int, peak: int, needed: int, free: int) -> PlanSummary:
     formats = plan.catalogue.formats
     operations: Counter[str] = plan.operations
+    lossy = {step.operation for step in plan.steps if step.lossy}
     return PlanSummary(
         layout=plan.request.layout,
         gpus=plan.request.gpus,
@@ -85,7 +89,7 @@ def _summary(plan: Plan, workers: int, peak: int, needed: int, free: int) -> Pla
         files={file.name: file.size for file in plan.files},
         bytes=plan.bytes,
         operations=dict(operations.most_common()),
-        exactness={name: EXACTNESS[name] for name in operations},
+        exactness={name: ROUNDED if name in lossy else EXACTNESS[name] for name in operations},
         workers=workers,
         peak_memory=peak,
         disk_needed=needed,

@@ -122,6 +122,7 @@ def plan_key(plan: Plan) -> dict[str, Any]:
             "dense": str(formats.dense),
             "wo_a": str(formats.wo_a),
         },
+        "rule": plan.request.rule.value if plan.is_lossy else None,
     }
 
 
@@ -132,6 +133,7 @@ def _key_of(manifest: Manifest) -> dict[str, Any]:
         "layout": manifest.layout,
         "gpus": manifest.gpus,
         "formats": dict(manifest.formats),
+        "rule": None if manifest.requantised is None else manifest.requantised.rule,
     }
 
 
@@ -152,7 +154,7 @@ def finished(
         digests = digest_tensors(plan.source, workers=workers, progress=progress)
     except NotANumberError:
         return None
-    said = {name: record.digest for name, record in manifest.tensors.items()}
+    said = {name: record.source or record.digest for name, record in manifest.tensors.items()}
     return manifest if digests == said else None
 
 

@@ -64,8 +64,27 @@ def decode(name: str, tensors: Loose) -> Values:
     return (codes * spread).astype("<f4")
 
 
+def fp4_form(leaf: Values) -> bytes | None:
+    """Point 3's first form: codes, then scales; None where it does not hold every value."""
+    if leaf.shape[1] % 32 or not np.isfinite(leaf).all():
+        return None
+    blocks = leaf.astype(np.float64).reshape(-1, 32)
+    largest = np.abs(blocks).max(1, keepdims=True)
+    s = np.full(largest.shape, -127)
+    while (grows := largest > np.ldexp(6.0, s)).any():
+        s += grows
+    s[largest == 0] = -126
+    steps = np.ldexp(np.abs(blocks), -s)
+    codes = np.searchsorted(E2M1, steps)
+    if not (E2M1[codes] == steps).all():
+        return None
+    codes += 8 * (blocks < 0)
+    packed = codes[:, 0::2] + 16 * codes[:, 1::2]
+    return bytes(packed.astype(np.uint8).tobytes() + (s + 127).astype(np.uint8).tobytes())
+
+
 def leaves(values: Values) -> Iterator[tuple[int, bytes]]:
-    """Points 2 and 3 of the definition: bytes per value, and the bytes."""
+    """Points 2 and 3 of the definition: bits per value, and the bytes."""
     matrix = values.reshape(1, -1) if values.ndim == 1 else values
     p = 1
     while 2 * p * matrix.shape[1] <= 2**19:
@@ -73,27 +92,31 @@ def leaves(values: Values) -> Iterator[tuple[int, bytes]]:
     for start in range(0, len(matrix), p):
         leaf = matrix[start : start + p]
         if leaf.dtype.kind == "i":
-            yield 8, leaf.astype("<i8").tobytes()
+            yield 64, leaf.astype("<i8").tobytes()
             continue
         leaf = leaf.astype("<f4") + np.float32(0)  # -0 + 0 is +0
+        fp4 = fp4_form(leaf)
+        if fp4 is not None:
+            yield 4, fp4
+            continue
         bits = np.ascontiguousarray(leaf).view("<u4")
         is_exact = not (bits & 0xFFFF).any()
-        yield (2, (bits >> 16).astype("<u2").tobytes()) if is_exact else (4, leaf.tobytes())
+        yield (16, (bits >> 16).astype("<u2").tobytes()) if is_exact else (32, leaf.tobytes())
 
 
 def tensor_digest(values: Values) -> str:
     """Point 4."""
     rows, cols = (1, len(values)) if values.ndim == 1 else values.shape
-    text = f"dsv4-value-digest 1 tensor {rows}x{cols}\n".encode()
-    for width, content in leaves(values):
-        text += bytes([width]) + blake3(content).digest()
+    text = f"dsv4-value-digest 2 tensor {rows}x{cols}\n".encode()
+    for bits, content in leaves(values):
+        text += bytes([bits]) + blake3(content).digest()
     return str(blake3(text).hexdigest())
 
 
 def whole_digest(tensors: dict[str, str]) -> str:
     """Point 5."""
     lines = [f"{name} {tensors[name]}\n" for name in sorted(tensors)]
-    return str(blake3("".join(["dsv4-value-digest 1 model\n", *lines]).encode()).hexdigest())
+    return str(blake3("".join(["dsv4-value-digest 2 model\n", *lines]).encode()).hexdigest())
 
 
 def recomputed(root: Path) -> dict[str, str]:
@@ -191,7 +214,7 @@ def test_tensors_of_several_leaves_and_both_widths(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, raw, formats("fp8", scale="f32"), values=values)
     tensors = read_file(next(tmp_path.glob("*.safetensors")))
     wq_b = decode("layers.0.attn.wq_b.weight", tensors)
-    assert [width for width, _ in leaves(wq_b)] == [2, 4]
+    assert [bits for bits, _ in leaves(wq_b)] == [16, 32]
     assert len(list(leaves(decode("embed.weight", tensors)))) == 3
     found = recomputed(tmp_path)
     assert ours(tmp_path) == found

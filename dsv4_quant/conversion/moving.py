@@ -1,0 +1,172 @@
+"""``--move``: each source shard is freed as soon as everything made of it is safe.
+
+For those whose disk cannot hold source and output. What is freed cannot be read again, so:
+
+- The source must have a manifest, and before the first byte is written all of the source is read
+  once: its values must be those of the manifest, and every cast must be possible (``rehearse``).
+- A shard is freed after a cut of the journal behind which no step reads it; and not before the
+  output's bytes up to that cut have been read back from the disk and hashed again (``Mover``).
+- Its header stays in the workspace, so that the same command can plan again and continue. The
+  shard itself is gone from the source's folder, which no reader takes for whole any more.
+
+An unfinished move is the only whole copy of its weights: nothing may discard it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
+from dsv4_quant.checkpoint.manifest import MANIFEST
+from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
+from dsv4_quant.conversion import operations
+from dsv4_quant.conversion.files import sync_folder, write_durably
+from dsv4_quant.conversion.operations import Panel, Proof
+from dsv4_quant.conversion.plan import COPY, Plan, Step
+from dsv4_quant.errors import SourceDamagedError, UsageError
+from dsv4_quant.progress import Progress
+
+
+def last_uses(plan: Plan) -> dict[str, int]:
+    """Per source file, how many steps must be done until none reads it any more."""
+    found: dict[str, int] = dict.fromkeys(plan.source.folder.headers, 0)
+    for index, step in enumerate(plan.steps, 1):
+        for tensor in plan.source.stored(step.spec):
+            located = plan.source.locate(tensor)
+            for extent in (*located.extents, *located.copies):
+                found[extent.file] = index
+    return found
+
+
+def peak_bytes(
+    cuts: Iterable[tuple[int, Mapping[int, int]]], uses: Mapping[str, int], sizes: Mapping[str, int]
+) -> int:
+    """The most bytes that source and output take beyond those that the source takes alone.
+
+    Args:
+        cuts: steps done and bytes of each output file, as ``stream.cuts`` gives them.
+        uses: of ``last_uses``.
+        sizes: bytes of the source files.
+    """
+    peak = freed = 0
+    for steps, marks in cuts:
+        peak = max(peak, sum(marks.values()) - freed)
+        freed = sum(sizes[name] for name, use in uses.items() if use <= steps)
+    return peak
+
+
+def check_movable(plan: Plan, stated: Mapping[str, str]) -> None:
+    """Raises UsageError unless the source is one whose shards may be removed one by one."""
+    root = plan.source.root
+    if missing := [name for name in plan.source.specs if name not in stated]:
+        raise UsageError(
+            f"--move needs a manifest in SRC that states every weight's digest, and {missing[0]}"
+            " is not in one",
+            file=root / MANIFEST,
+            hint="`dsv4-quant manifest SRC` makes one, if you trust the files.",
+        )
+    for name in plan.source.folder.headers:
+        if (root / name).is_symlink():
+            raise UsageError(
+                "--move would remove a link, which frees nothing",
+                file=root / name,
+                hint="Give a folder that holds the files themselves.",
+            )
+
+
+def rehearse(plan: Plan, stated: Mapping[str, str], *, workers: int, progress: Progress) -> None:
+    """Reads all of the source once and casts it, without writing: so that later nothing can fail.
+
+    Raises what the conversion would: SourceDamagedError where a value is not as stated,
+    ValueNotExactError, NotANumberError.
+    """
+    steps = [step for step in plan.steps if not step.out.is_scale]
+    progress.stage("checking the source before any of it is freed")
+    progress.total(sum(step.out.nbytes for step in steps))
+    open_digests: dict[str, TensorDigest] = {}
+
+    def panels() -> Iterable[tuple[Step, int, int]]:
+        for step in steps:
+            open_digests[step.spec.name] = TensorDigest(*step.spec.matrix)
+            height = panel_rows(step.spec, (step.out.spec.format,))
+            for start, stop in row_ranges(step.spec.matrix[0], height):
+                yield step, start, stop
+
+    def worker() -> Callable[[tuple[Step, int, int]], None]:
+        hasher = LeafHasher()
+
+        def work(item: tuple[Step, int, int]) -> None:
+            step, start, stop = item
+            name, rows = step.spec.name, step.spec.matrix[0]
+            panel = plan.source.read_rows(name, start, stop, copies=True)
+            digest = open_digests[name]
+            for leaf in hasher.leaves(name, panel, start):
+                digest.add(*leaf)
+            if step.operation != COPY and not step.lossy:
+                held = Panel(name, start, panel, step.out.spec.format)
+                operations.weight(step.operation, held, Proof())
+            if digest.is_complete and digest.hexdigest() != stated[name]:
+                raise not_as_stated(plan.source, name)
+            progress.advance(step.out.nbytes * (stop - start) // rows)
+
+        return work
+
+    work_in_threads(panels(), worker, workers)
+
+
+@dataclass(slots=True)
+class Mover:
+    """Frees source files while a stream runs. ``after_cut`` is called in one thread."""
+
+    plan: Plan
+    work: Workspace
+    hashes: dict[str, tuple[int, Any]]
+    """Per output file: bytes that the disk was seen to hold, and the hash object of them."""
+    freed: set[str] = field(default_factory=set)
+    _uses: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._uses = last_uses(self.plan)
+
+    def after_cut(self, cut: Cut) -> None:
+        """Frees what no later step reads, once all bytes up to the cut are seen on the disk.
+
+        Not after the last cut: the rest waits for the manifest (``finish``).
+        """
+        if cut.steps == len(self.plan.steps):
+            return
+        due = [name for name, use in self._uses.items() if use <= cut.steps]
+        self._free(cut, due)
+
+    def finish(self, cut: Cut) -> None:
+        """Frees what is left; the output is complete, with its manifest."""
+        self._free(cut, list(self._uses))
+
+    def _free(self, cut: Cut, names: Sequence[str]) -> None:
+        root = self.plan.source.root
+        if not (due := [name for name in names if (root / name).exists()]):
+            return
+        for name, (mark, stated) in cut.files.items():
+            self._confirm(name, mark, stated)
+        for name in due:
+            self.work.keep_header(root / name, self.plan.source.folder.headers[name])
+            (root / name).unlink()
+            sync_folder(root)
+            self.freed.add(name)
+
+    def _confirm(self, name: str, mark: int, stated: str) -> None:
+        """Reads what was written since the last time; raises WriteError if it is not that."""
+        path = self.work.locate(name)
+        done, held = self.hashes.get(name) or (0, new_hash(self.plan.request.sums))
+        hash_range(path, done, mark, held)
+        if held.hexdigest() != stated:
+            raise WriteError(
+                "The disk gives back other bytes than were written; nothing more was freed",
+                file=path,
+                hint="Look after the disk. The same command continues from what is sound.",
+            )
+        self.hashes[name] = (mark, held)
