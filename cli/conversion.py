@@ -64,6 +64,15 @@ Overwrite = Annotated[
     ),
 ]
 
+Move = Annotated[
+    bool,
+    typer.Option(
+        "--move",
+        help="For disks that cannot hold both: remove each file of SRC once everything made of it"
+        " is on the disk and read back. SRC must have a manifest, which is checked first.",
+    ),
+]
+
 
 def run(
     src: str,
@@ -74,6 +83,7 @@ def run(
     workers: int | None,
     max_memory: int,
     overwrite: bool,
+    move: bool,
     json: str | None,
     quiet: bool,
 ) -> None:
@@ -85,12 +95,13 @@ def run(
         if dry_run:
             plan = plan_conversion(
                 folder, out, request,
-                workers=workers, max_memory=max_memory, overwrite=overwrite,
+                workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
             )  # fmt: skip
         else:
             report = convert(
                 folder, out, request,
-                workers=workers, max_memory=max_memory, overwrite=overwrite, progress=progress,
+                workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
+                progress=progress,
             )  # fmt: skip
     if dry_run:
         emit(describe_plan(plan), {**asdict(plan), "fits": plan.fits}, json_to=json, quiet=quiet)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.cli import conversion
-from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src
+from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Move, Out, Overwrite, Src
 from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.errors import UsageError
@@ -78,6 +78,7 @@ def command(
     workers: Workers = None,
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
+    move: Move = False,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -98,7 +99,7 @@ def command(
     """
     conversion.run(
         src, out, make_request(gpus, layout, experts, dense, lossy=lossy, rule=scale_rule),
-        dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite,
+        dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
         json=json, quiet=quiet,
     )  # fmt: skip
 

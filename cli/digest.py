@@ -13,8 +13,8 @@ from dsv4_quant.cli.failure import report
 from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
+from dsv4_quant.cli.together import found, here
 from dsv4_quant.errors import NotANumberError
-from dsv4_quant.hub import resolve
 
 
 def command(
@@ -39,16 +39,16 @@ def command(
     """
     with (
         shown(quiet=quiet) as progress,
-        Checkpoint.open(resolve(path, progress=progress)) as checkpoint,
+        Checkpoint.open(found(path, progress)) as checkpoint,
     ):
         progress.stage("hashing")
         try:
-            found = digest_tensors(checkpoint, workers=workers, progress=progress)
+            digests = digest_tensors(checkpoint, workers=workers, progress=progress, team=here())
         except NotANumberError as wrong:
             hint = "`dsv4-quant verify` lists every weight that is damaged."
             report(NotANumberError(wrong.what, tensor=wrong.tensor, hint=hint), debug=debug)
             raise typer.Exit(1) from None
-    whole = model_digest(found)
-    lines = [f"{found[name]}  {name}" for name in sorted(found)] if tensors else [whole]
-    result = {"value_digest": whole, "tensors": dict(sorted(found.items()))}
+    whole = model_digest(digests)
+    lines = [f"{digests[name]}  {name}" for name in sorted(digests)] if tensors else [whole]
+    result = {"value_digest": whole, "tensors": dict(sorted(digests.items()))}
     emit("\n".join(lines), result, json_to=json, quiet=quiet)

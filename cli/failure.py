@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from dsv4_quant.cli.together import here, joined
 from dsv4_quant.errors import Dsv4Error
 
 WRONG = 2
@@ -23,27 +24,40 @@ INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with every failure told to the user; ``--debug`` is read from its arguments."""
+def guarded(command: Callable[..., None], name: str = "") -> Callable[..., None]:
+    """The command with every failure told to the user; ``--debug`` is read from its arguments.
+
+    Processes that share a command end with the same error, and one of them tells it.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs.get("debug"))
         try:
-            command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            raise typer.Exit(report(error, debug=bool(kwargs.get("debug")))) from None
+            with joined(name):
+                try:
+                    command(*args, **kwargs)
+                except (typer.Exit, typer.Abort, typer.BadParameter):
+                    raise
+                except (Exception, KeyboardInterrupt) as error:
+                    raise typer.Exit(report(here().fail(error), debug=debug)) from None
+        except (Dsv4Error, KeyboardInterrupt) as error:  # the processes did not come together
+            raise typer.Exit(report(error, debug=debug)) from None
 
     return run
 
 
 def report(error: BaseException, *, debug: bool) -> int:
     """Tells of a failure on stderr and returns the exit code."""
-    with suppress(OSError):  # stderr itself may be closed
-        if debug:
-            traceback.print_exception(error, file=sys.stderr)
-        print(wrapped(explain(error)), file=sys.stderr)
+
+    def say() -> None:
+        stream = sys.stderr if here().is_first else sys.__stderr__  # the others are silenced
+        with suppress(OSError):  # stderr itself may be closed
+            if debug:
+                traceback.print_exception(error, file=stream)
+            print(wrapped(explain(error)), file=stream, flush=True)
+
+    here().tell(say)
     if isinstance(error, BrokenPipeError):  # or Python complains again when it flushes at exit
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

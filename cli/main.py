@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from dsv4_quant import __version__
 from dsv4_quant.cli.failure import INTERRUPTED, guarded, report
+from dsv4_quant.cli.together import hush
 
 COMMANDS = {
     "inspect": "What a checkpoint holds, from its headers alone.",
@@ -52,12 +53,13 @@ class Commands(TyperGroup):
         """The command of a name, or None."""
         if cmd_name not in COMMANDS:
             return None
+        hush(cmd_name)
         try:
             module = import_module(f"dsv4_quant.cli.{cmd_name}")
         except Exception as error:
             raise typer.Exit(report(error, debug="--debug" in sys.argv)) from None
         alone = typer.Typer(**QUIET_TYPER)
-        alone.command(cmd_name)(guarded(module.command))
+        alone.command(cmd_name)(guarded(module.command, cmd_name))
         return typer.main.get_command(alone)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dsv4_quant.checkpoint.manifest import MANIFEST, SUMS
-from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
+from dsv4_quant.checkpoint.manifest import MANIFEST
+from dsv4_quant.checkpoint.sums import LISTS
+from dsv4_quant.cli.options import Debug, Json, Quiet, Sums, SumsOption, Workers
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.verdict import describe, tell
@@ -20,6 +21,7 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a manifest that is there.")
     ] = False,
+    sums: SumsOption = Sums.sha256,
     workers: Workers = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -35,7 +37,9 @@ def command(
       dsv4-quant manifest DeepSeek-V4-Flash
     """
     with shown(quiet=quiet) as progress:
-        pinned = make_manifest(path, overwrite=overwrite, workers=workers, progress=progress)
+        pinned = make_manifest(
+            path, sums=sums.value, overwrite=overwrite, workers=workers, progress=progress
+        )
     result = pinned.report.to_json()
     if pinned.manifest is None:
         tell(pinned.report, None)
@@ -43,5 +47,6 @@ def command(
         emit(text, result | {"written": []}, json_to=json, quiet=quiet)
         raise typer.Exit(1)
     files = len(pinned.manifest.files)
-    text = f"{describe(pinned.report)}\n\n{path}/{MANIFEST} and {SUMS} pin {files} files."
-    emit(text, result | {"written": [MANIFEST, SUMS]}, json_to=json, quiet=quiet)
+    written = [MANIFEST, LISTS[sums.value]]
+    text = f"{describe(pinned.report)}\n\n{path}/{' and '.join(written)} pin {files} files."
+    emit(text, result | {"written": written}, json_to=json, quiet=quiet)

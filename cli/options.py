@@ -5,10 +5,18 @@ Every command takes these last: ``json: Json = None, quiet: Quiet = False, debug
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Sums(StrEnum):
+    """Which hash the files get."""
+
+    sha256 = "sha256"
+    blake3 = "blake3"
 
 
 def writable(value: str | None) -> str | None:
@@ -39,5 +47,13 @@ At = Annotated[
     str,
     typer.Argument(
         metavar="PATH", help="A checkpoint's folder, or a Hugging Face id (owner/name@revision)."
+    ),
+]
+SumsOption = Annotated[
+    Sums,
+    typer.Option(
+        "--sums",
+        help="sha256: SHA256SUMS, for `sha256sum -c`. blake3: B3SUMS, for `b3sum -c`; four times"
+        " as fast.",
     ),
 ]

@@ -8,9 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv4_quant.cli.together import here
+
 
 def emit(text: str, result: Mapping[str, Any], *, json_to: str | None, quiet: bool) -> None:
-    """Prints the text, unless quiet; writes the result to ``json_to`` ('-' is stdout, alone)."""
+    """Prints the text, unless quiet; writes the result to ``json_to`` ('-' is stdout, alone).
+
+    Of several processes that share a command the first does.
+    """
+    if not here().is_first:
+        return
     if json_to is not None:
         document = json.dumps(result, indent=2) + "\n"
         if json_to == "-":

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from dsv4_quant.cli.tables import duration, size
+from dsv4_quant.cli.together import here
 from dsv4_quant.progress import NoProgress, Progress
 
 INTERVAL = 5.0
@@ -22,7 +23,7 @@ BYTES = "B"
 @contextmanager
 def shown(*, quiet: bool) -> Iterator[Progress]:
     """A Progress for the library, shown while the block runs."""
-    if quiet:
+    if quiet or not here().is_first:
         yield NoProgress()
         return
     progress = Bar(sys.stderr) if sys.stderr.isatty() else Lines(sys.stderr)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.cli import conversion
-from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Out, Overwrite, Src
+from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Move, Out, Overwrite, Src
 from dsv4_quant.cli.convert import Dense, Experts, Layout, make_request
 from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
 
@@ -23,6 +23,7 @@ def command(
     workers: Workers = None,
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
+    move: Move = False,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -39,6 +40,6 @@ def command(
     """
     conversion.run(
         src, out, make_request(gpus, layout, Experts.keep, Dense.keep),
-        dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite,
+        dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
         json=json, quiet=quiet,
     )  # fmt: skip

@@ -14,7 +14,8 @@ Dsv4Error                     base: one clear paragraph; carries file and tensor
 ├── WriteError                the system refused a write: full disk, I/O error, vanished folder
 ├── SourceDamagedError        the source's own manifest, or another rank's copy, says otherwise
 ├── SourceChangedError        a source file vanished or changed while it was read
-└── BusyError                 another run is writing to the same output folder
+├── BusyError                 another run is writing to the same output folder
+└── TeamError                 one of several processes that share a job has ended, or never came
 
 All of them end a command with exit code 2, and none with a traceback. Findings of a check are not
 errors: they are values (``dsv4_quant.validators``) and end with exit code 1.
@@ -115,6 +116,10 @@ class SourceChangedError(Dsv4Error):
 
 class BusyError(Dsv4Error):
     """Another run is writing to the same output folder."""
+
+
+class TeamError(Dsv4Error):
+    """One of several processes that share a job has ended, never came, or sees other files."""
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -6,7 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """What a caller may hand to long work. Methods are called from any thread."""
+    """What a caller may hand to long work. Methods are called from any thread.
+
+    A method may raise: that ends the work, as an error of its own would.
+    """
 
     def stage(self, text: str, unit: str = "B") -> None:
         """A new part of the work begins; it is counted in bytes, or in something else (plural)."""

@@ -2,7 +2,8 @@
 
 Files of one folder are served as a model repository. As the hub does, weights are answered with a
 redirect and the SHA-256 as ETag, other files directly with the hash that git gives them; ranges
-are honoured. Faults can be asked for: a connection cut in the middle, a busy server, false bytes.
+are honoured. Faults can be asked for: a connection cut in the middle, a busy server, false bytes,
+and for every answer anew whatever ``Hub.trouble`` says.
 """
 
 from __future__ import annotations
@@ -10,15 +11,41 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee00" * 5
+
+
+@dataclass
+class Cut:
+    """The connection breaks after so many bytes of the answer."""
+
+    after: int
+
+
+@dataclass
+class Refuse:
+    """The hub is busy; ``wait`` is what it says in Retry-After, if anything."""
+
+    status: int
+    wait: str | None = "0"
+
+
+@dataclass
+class Send:
+    """Other bytes than those of the file, as many as were asked for."""
+
+    data: bytes
+
+
+Trouble = Cut | Refuse | Send | None
 
 
 @dataclass
@@ -39,6 +66,17 @@ class Hub:
     asked: Counter[str] = field(default_factory=Counter)
     """Files whose bytes were asked for, and how often."""
     ranges: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+    """Bytes of every file that went out."""
+    trouble: Callable[[str, int, int], Trouble] = lambda name, start, stop: None
+    """Asked for every answer that holds bytes [start, stop) of a file."""
+    commit: str = COMMIT
+    etags: dict[str, str] = field(default_factory=dict)
+    """Other hashes of files than the listing has."""
+    lists: Callable[[dict[str, object]], dict[str, object]] = lambda entry: entry
+    """What becomes of a file's entry in the listing."""
+    pace: float = 0
+    """Seconds for each MiB."""
 
     def files(self) -> dict[str, bytes]:
         return {
@@ -78,22 +116,39 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith((f"{api}/revision/", f"{api}/tree/", web)):
             revision = path.removeprefix(web).removeprefix(f"{api}/").split("/")
             wanted = revision[0] if path.startswith(web) else revision[1]
-            if wanted not in ("main", COMMIT):
+            if wanted not in ("main", COMMIT, hub.commit):
                 self.refuse(404, "RevisionNotFound")
             elif path.startswith(web):
                 self.file("/".join(revision[1:]))
             elif revision[0] == "tree":
                 self.answer([self.entry(name, data) for name, data in hub.files().items()])
             else:
-                siblings = [{"rfilename": name} for name in hub.files()]
-                self.answer({"id": hub.repo, "modelId": hub.repo, "sha": COMMIT, "private": False,
-                             "downloads": 0, "tags": [], "siblings": siblings})  # fmt: skip
+                blobs = "blobs" in parse_qs(urlsplit(self.path).query)
+                self.info(blobs=blobs)
+        elif path == api:
+            self.info(blobs="blobs" in parse_qs(urlsplit(self.path).query))
         elif path.startswith("/cdn/"):
-            self.data(path.removeprefix("/cdn/"))
+            self.data(unquote(path.removeprefix("/cdn/")))
         elif "/gated/" in path or path.endswith("/gated"):
             self.refuse(403, "GatedRepo")
         else:
             self.refuse(404, "RepoNotFound")
+
+    def info(self, *, blobs: bool) -> None:
+        siblings = [
+            self.hub.lists(self.sibling(name, data)) if blobs else {"rfilename": name}
+            for name, data in self.hub.files().items()
+        ]
+        self.answer({"id": self.hub.repo, "modelId": self.hub.repo, "sha": self.hub.commit,
+                     "private": False, "downloads": 0, "tags": [], "siblings": siblings})  # fmt: skip
+
+    def sibling(self, name: str, data: bytes) -> dict[str, object]:
+        found: dict[str, object] = {
+            "rfilename": name, "size": len(data), "blobId": etag(name, data)[:40]
+        }  # fmt: skip
+        if is_large(name):
+            found["lfs"] = {"sha256": etag(name, data), "size": len(data), "pointerSize": 134}
+        return found
 
     def entry(self, name: str, data: bytes) -> dict[str, object]:
         found: dict[str, object] = {
@@ -110,10 +165,11 @@ class Handler(BaseHTTPRequestHandler):
         if data is None:
             self.refuse(404, "EntryNotFound")
             return
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag(name, data)}"'}
+        said = self.hub.etags.get(name, etag(name, data))
+        headers = {"X-Repo-Commit": self.hub.commit, "ETag": f'"{said}"'}
         if is_large(name):
             headers |= {
-                "X-Linked-ETag": f'"{etag(name, data)}"', "X-Linked-Size": str(len(data)),
+                "X-Linked-ETag": f'"{said}"', "X-Linked-Size": str(len(data)),
                 "Location": f"{self.hub.cdn}/cdn/{name}", "Content-Length": "0",
             }  # fmt: skip
             self.head(302, headers)
@@ -126,28 +182,41 @@ class Handler(BaseHTTPRequestHandler):
         data = self.hub.files()[name]
         if name in self.hub.false_bytes:
             data = bytes(len(data))
-        if self.command == "GET":
-            self.hub.asked[name] += 1
-            if status := self.hub.busy.pop(name, 0):
-                self.refuse(status, "")
-                return
-        start, status = 0, 200
+        start, stop, status = 0, len(data), 200
         said = self.headers.get("Range")
         if said:
             self.hub.ranges.append(f"{name} {said}")
-            start, status = int(said.removeprefix("bytes=").split("-")[0]), 206
+            first, _, last = said.removeprefix("bytes=").partition("-")
+            start, stop, status = int(first), int(last or stop - 1) + 1, 206
             headers = {**(headers or {}),
-                       "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}  # fmt: skip
-        body = data[start:]
+                       "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}  # fmt: skip
+        trouble: Trouble = None
+        if self.command == "GET":
+            self.hub.asked[name] += 1
+            trouble = self.hub.trouble(name, start, stop)
+            if once := self.hub.busy.pop(name, 0):
+                trouble = Refuse(once)
+        if isinstance(trouble, Refuse):
+            self.refuse(trouble.status, "", trouble.wait)
+            return
+        body = trouble.data if isinstance(trouble, Send) else data[start:stop]
         self.head(status, {**(headers or {}), "Content-Length": str(len(body))})
         if self.command == "HEAD":
             return
-        stop = self.hub.cut.pop(name, None)
-        self.wfile.write(body if stop is None else body[:stop])
-        if stop is not None:
+        after = trouble.after if isinstance(trouble, Cut) else self.hub.cut.pop(name, None)
+        self.send(name, body if after is None else body[:after])
+        if after is not None:
             self.close_connection = True
             self.wfile.flush()
             self.connection.shutdown(2)
+
+    def send(self, name: str, body: bytes) -> None:
+        piece = 1 << 18
+        for at in range(0, len(body), piece):
+            self.wfile.write(body[at : at + piece])
+            self.hub.sent[name] += len(body[at : at + piece])
+            if self.hub.pace:
+                time.sleep(self.hub.pace * piece / (1 << 20))
 
     def head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -161,8 +230,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def refuse(self, status: int, code: str) -> None:
-        headers = {"X-Error-Code": code} if code else {"Retry-After": "0"}
+    def refuse(self, status: int, code: str, wait: str | None = "0") -> None:
+        headers = {"X-Error-Code": code} if code else {}
+        if wait is not None and not code:
+            headers["Retry-After"] = wait
         self.head(status, {**headers, "X-Error-Message": f"test: {code}", "Content-Length": "0"})
 
 

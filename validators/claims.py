@@ -1,4 +1,4 @@
-"""What the manifest, SHA256SUMS and the hub say of the files' hashes, and whether they agree."""
+"""What manifest, SHA256SUMS, B3SUMS and the hub say of the files' hashes, and if they agree."""
 
 from __future__ import annotations
 
@@ -9,68 +9,76 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv4_quant.checkpoint.folder import check_inside
-from dsv4_quant.checkpoint.manifest import MANIFEST, SUMS, Manifest, read_manifest
+from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from dsv4_quant.checkpoint.sums import LISTS, HashKind
 from dsv4_quant.errors import ManifestError, UnreadableError, some
 from dsv4_quant.strict_json import clip
 from dsv4_quant.validators.report import Finding, error, warning
 from dsv4_quant.validators.subject import Subject
 
-MAX_SUMS_BYTES = 16 << 20
+MAX_LIST_BYTES = 16 << 20
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\\].*)")
 
 HUB = "the hub"
 
+Hash = tuple[HashKind, str]
+
 
 @dataclass(slots=True)
 class Claims:
-    """What is said of the files' hashes. ``sha256``: file -> who says it -> hash."""
+    """What is said of the files' hashes. ``hashes``: file -> who says it -> kind and hash."""
 
-    sha256: dict[str, dict[str, str]] = field(default_factory=dict)
+    hashes: dict[str, dict[str, Hash]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     manifest: Manifest | None = None
 
-    def add(self, file: str, source: str, sha256: str) -> None:
+    def add(self, file: str, source: str, kind: HashKind, hash: str) -> None:
         """One more source for a file's hash."""
-        self.sha256.setdefault(file, {})[source] = sha256
+        self.hashes.setdefault(file, {})[source] = kind, hash
 
 
 def read_claims(subject: Subject, published: Mapping[str, str]) -> tuple[Claims, list[Finding]]:
-    """Reads the manifest and SHA256SUMS; findings are what is wrong with themselves.
+    """Reads the manifest and the lists of hashes; findings are what is wrong with themselves.
 
-    ``published``: hashes that the hub gives, by file.
+    ``published``: SHA-256 that the hub gives, by file.
     """
     claims, findings = Claims(), []
     root = subject.root
-    has_manifest, has_sums = (os.path.lexists(root / name) for name in (MANIFEST, SUMS))
+    has_manifest = os.path.lexists(root / MANIFEST)
     if has_manifest:
         try:
             check_inside(root, root / MANIFEST)
             claims.manifest = read_manifest(root / MANIFEST)
         except UnreadableError as wrong:
             findings.append(_unreadable(MANIFEST, wrong))
-    sums: dict[str, str] = {}
-    if has_sums:
-        try:
-            sums = _read_sums(root)
-        except UnreadableError as wrong:
-            findings.append(_unreadable(SUMS, wrong))
-    elif has_manifest:
+    lists: dict[HashKind, dict[str, str]] = {}
+    for kind, name in LISTS.items():
+        if os.path.lexists(root / name):
+            try:
+                lists[kind] = _read_list(root, name)
+            except UnreadableError as wrong:
+                lists[kind] = {}
+                findings.append(_unreadable(name, wrong))
+    kind = claims.manifest.hash_kind if claims.manifest else next(iter(lists), "sha256")
+    if has_manifest and kind not in lists:
+        name = LISTS[kind]
         findings.append(
-            error("manifest", "missing", "Only SHA256SUMS says what the manifest itself must be.",
-                  file=SUMS, expected="SHA256SUMS beside the manifest")
+            error("manifest", "missing", f"Only {name} says what the manifest itself must be.",
+                  file=name, expected=f"{name} beside the manifest")
         )  # fmt: skip
     if claims.manifest is not None:
         for file, record in claims.manifest.files.items():
-            claims.add(file, MANIFEST, record.sha256)
+            claims.add(file, MANIFEST, record.kind, record.hash)
             claims.bytes[file] = record.bytes
-        if sums:
-            findings += _contradictions(claims.manifest, sums)
+        if held := lists.get(claims.manifest.hash_kind):
+            findings += _contradictions(claims.manifest, held)
         findings += _judge_manifest(subject, claims.manifest)
-    for file, sha256 in sums.items():
-        claims.add(file, SUMS, sha256)
+    for kind, hashes in lists.items():
+        for file, hash in hashes.items():
+            claims.add(file, LISTS[kind], kind, hash)
     for file, sha256 in published.items():
-        claims.add(file, HUB, sha256)
-    if not has_manifest and not has_sums:
+        claims.add(file, HUB, "sha256", sha256)
+    if not has_manifest and not lists:
         findings.append(_nothing_said(published))
     return claims, findings
 
@@ -86,36 +94,38 @@ def _unreadable(file: str, wrong: UnreadableError) -> Finding:
     return error("manifest", wrong.what.rstrip("."), wrong.hint or "Damaged, or edited.", file=file)
 
 
-def _read_sums(root: Path) -> dict[str, str]:
-    path = root / SUMS
+def _read_list(root: Path, name: str) -> dict[str, str]:
+    path = root / name
     check_inside(root, path)
     try:
-        if path.stat().st_size > MAX_SUMS_BYTES:
-            raise ManifestError("SHA256SUMS is larger than 16 MiB", file=path)
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise ManifestError(f"{name} is larger than 16 MiB", file=path)
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as wrong:
         raise ManifestError(f"Cannot be read: {wrong.strerror}", file=path) from None
     except ValueError:
-        raise ManifestError("SHA256SUMS is not text", file=path) from None
+        raise ManifestError(f"{name} is not text", file=path) from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None or match[2] in found:
-            raise ManifestError(f"Line {number} is no line of sha256sum: {clip(line)}", file=path)
+            tool = "sha256sum" if name == LISTS["sha256"] else "b3sum"
+            raise ManifestError(f"Line {number} is no line of {tool}: {clip(line)}", file=path)
         found[match[2]] = match[1]
     return found
 
 
-def _contradictions(manifest: Manifest, sums: dict[str, str]) -> Iterator[Finding]:
-    """SHA256SUMS must say of every file what the manifest says, and name the manifest too."""
-    meaning = "SHA256SUMS and the manifest were written together: one of both was edited."
-    said = {name: record.sha256 for name, record in manifest.files.items()}
-    for name in sorted(said.keys() | sums.keys() - {MANIFEST}):
-        if said.get(name) != sums.get(name):
-            yield error("manifest", f"{clip(name, 255)} {sums.get(name, 'not named')}", meaning,
-                        file=SUMS, expected=said.get(name, "no such line"))  # fmt: skip
-    if MANIFEST not in sums:
-        yield error("manifest", f"{MANIFEST} not named", meaning, file=SUMS, expected="its hash")
+def _contradictions(manifest: Manifest, held: dict[str, str]) -> Iterator[Finding]:
+    """The list must say of every file what the manifest says, and name the manifest too."""
+    name = LISTS[manifest.hash_kind]
+    meaning = f"{name} and the manifest were written together: one of both was edited."
+    said = {file: record.hash for file, record in manifest.files.items()}
+    for file in sorted(said.keys() | held.keys() - {MANIFEST}):
+        if said.get(file) != held.get(file):
+            yield error("manifest", f"{clip(file, 255)} {held.get(file, 'not named')}", meaning,
+                        file=name, expected=said.get(file, "no such line"))  # fmt: skip
+    if MANIFEST not in held:
+        yield error("manifest", f"{MANIFEST} not named", meaning, file=name, expected="its hash")
 
 
 def _judge_manifest(subject: Subject, manifest: Manifest) -> Iterator[Finding]:

@@ -5,25 +5,21 @@ Nothing is pinned that does not hold: a folder whose structure or values are wro
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4_quant import __version__
-from dsv4_quant.checkpoint.manifest import (
-    MANIFEST,
-    SUMS,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    sums,
-)
+from dsv4_quant.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
+from dsv4_quant.checkpoint.manifest import sums as sums_of
 from dsv4_quant.checkpoint.sidecars import identity
+from dsv4_quant.checkpoint.sums import LISTS, HashKind, new_hash
 from dsv4_quant.errors import UsageError, WriteError
 from dsv4_quant.progress import Progress
 from dsv4_quant.validators.report import Report
 from dsv4_quant.validators.verify import Judgement, judge
+
+PINS = (MANIFEST, *LISTS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,32 +33,39 @@ class Pinned:
 def make_manifest(
     path: str | Path,
     *,
+    sums: HashKind = "sha256",
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Pinned:
     """Judges every value of a folder, hashes every file, and writes both files if all holds.
 
+    ``sums``: the kind of the hashes, in the manifest and in SHA256SUMS or B3SUMS.
+
     Raises UsageError where a manifest exists already (unless ``overwrite``), UnreadableError where
     the folder is no checkpoint, WriteError where the files cannot be written.
     """
     root = Path(path)
-    for name in (MANIFEST, SUMS):
+    for name in PINS:
         if not overwrite and os.path.lexists(root / name):
             raise UsageError(
                 "The folder has one already",
                 file=root / name,
                 hint="`dsv4-quant verify` checks it; --overwrite replaces it.",
             )
-    judged = judge(root, "values", workers=workers, progress=progress, to_pin=True)
+    judged = judge(root, "values", workers=workers, progress=progress, to_pin=sums)
     if not judged.report.holds:
         return Pinned(judged.report, None)
-    manifest = _manifest(judged)
+    manifest = _manifest(judged, sums)
     content = manifest.to_json()
-    record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    hash = new_hash(sums)
+    hash.update(content)
+    record = FileRecord.of(len(content), sums, hash.hexdigest())
     try:
         _write(root / MANIFEST, content)
-        _write(root / SUMS, sums({**manifest.files, MANIFEST: record}))
+        _write(root / LISTS[sums], sums_of({**manifest.files, MANIFEST: record}))
+        for kind in LISTS.keys() - {sums}:  # it speaks of the manifest that has been replaced
+            (root / LISTS[kind]).unlink(missing_ok=True)
     except OSError as wrong:
         raise WriteError(
             f"The manifest cannot be written: {wrong.strerror}", file=wrong.filename or root
@@ -70,7 +73,7 @@ def make_manifest(
     return Pinned(judged.report, manifest)
 
 
-def _manifest(judged: Judgement) -> Manifest:
+def _manifest(judged: Judgement, sums: HashKind) -> Manifest:
     subject = judged.subject
     assert subject.config is not None and subject.catalogue is not None
     held, layout, gpus = subject.catalogue.formats, subject.folder.layout, subject.folder.gpus
@@ -84,9 +87,9 @@ def _manifest(judged: Judgement) -> Manifest:
             "wo_a": str(held.wo_a),
         },
         files={
-            name: FileRecord(size, judged.hashes[name])
+            name: FileRecord.of(size, sums, judged.hashes[name][sums])
             for name, size in judged.sizes.items()
-            if name not in (MANIFEST, SUMS)
+            if name not in PINS
         },
         tensors={
             name: TensorRecord(str(spec.format), judged.digests[name])

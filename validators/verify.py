@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.panels import usable_cores
+from dsv4_quant.checkpoint.sums import HashKind
 from dsv4_quant.errors import UsageError
 from dsv4_quant.hub import published_sha256
 from dsv4_quant.progress import NoProgress, Progress
 from dsv4_quant.validators.against import judge_against
-from dsv4_quant.validators.checksums import files_to_hash, judge_hashes
+from dsv4_quant.validators.checksums import Hashes, files_to_hash, judge_hashes
 from dsv4_quant.validators.claims import Claims, read_claims
 from dsv4_quant.validators.present import present_files
 from dsv4_quant.validators.report import LEVELS, Check, Finding, Level, Report, error, ordered
@@ -47,8 +48,8 @@ def verify(
     Args:
         path: the folder.
         level: structure (headers, index, configs), checksums (every byte against manifest,
-            SHA256SUMS and the hub), values (every number) or forward (what the model says); each
-            includes those before it.
+            SHA256SUMS or B3SUMS and the hub), values (every number) or forward (what the model
+            says); each includes those before it.
         against: another checkpoint's folder, in any layout and format, whose values, config and
             small files must be the same. Needs the level ``values`` at least.
         fingerprint: what the level ``forward`` compares with.
@@ -73,7 +74,7 @@ class Judgement:
     report: Report
     subject: Subject
     sizes: Mapping[str, int]
-    hashes: Mapping[str, str]
+    hashes: Mapping[str, Hashes]
     digests: Mapping[str, str]
 
 
@@ -86,11 +87,11 @@ def judge(
     gate: Gate | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-    to_pin: bool = False,
+    to_pin: HashKind | None = None,
 ) -> Judgement:
     """``verify``, with all that it found out.
 
-    ``to_pin``: what manifest and SHA256SUMS say is not asked, and every file is hashed.
+    ``to_pin``: what manifest and SHA256SUMS say is not asked, and every file is hashed so.
     """
     _check_request(level, against, fingerprint)
     began = time.monotonic()
@@ -105,7 +106,7 @@ def judge(
         checks = [_structure_check(subject, time.monotonic() - began)]
         work, claims = Work(subject.root, sizes, progress), Claims()
         if to_pin:
-            work.to_hash = list(sizes)
+            work.to_hash = dict.fromkeys(sizes, (to_pin,))
         elif has_bytes:
             claims, wrong = read_claims(subject, published_sha256(subject.root))
             work.to_hash = files_to_hash(claims, sizes)

@@ -19,7 +19,7 @@ from dsv4_quant.validators.scan import scan
 from dsv4_quant.validators.tally import Spot, Tally, joined, spot_of
 
 Leaves = dict[int, tuple[int, bytes]]
-"""Leaf -> bytes per value, and hash."""
+"""Leaf -> bits per value, and hash."""
 
 Advance = Callable[[int], None]
 
@@ -125,7 +125,7 @@ def _leaves(hasher: LeafHasher, name: str, panel: Tensor, first_row: int) -> Lea
     """The panel's leaves; None where it holds a NaN, which has no digest."""
     try:
         found = hasher.leaves(name, panel, first_row)
-        return {leaf: (width, digest) for leaf, width, digest in found}
+        return {leaf: (bits, digest) for leaf, bits, digest in found}
     except NotANumberError:
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import numpy as np
 from dsv4_quant.checkpoint.digest import LeafHasher
 from dsv4_quant.checkpoint.panels import work_in_threads
 from dsv4_quant.checkpoint.reader import Bytes
+from dsv4_quant.checkpoint.sums import HashKind
 from dsv4_quant.progress import Progress
-from dsv4_quant.validators.checksums import hash_file
+from dsv4_quant.validators.checksums import Hashes, hash_file
 from dsv4_quant.validators.report import Check, Finding, error
 from dsv4_quant.validators.values import ValuesPass
 from dsv4_quant.validators.weight import Panel
@@ -33,8 +34,9 @@ class Work:
     root: Path
     sizes: Mapping[str, int]
     progress: Progress
-    to_hash: list[str] = field(default_factory=list)
-    hashes: dict[str, str] = field(default_factory=dict)
+    to_hash: Mapping[str, Collection[HashKind]] = field(default_factory=dict)
+    """File -> kinds of hashes that are wanted of it."""
+    hashes: dict[str, Hashes] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
     bytes: int = 0
@@ -60,17 +62,17 @@ class Work:
 
     def _items(self, values: ValuesPass | None) -> Iterator[str | Panel]:
         panels = {} if values is None else dict(values.panels())
-        yield from (file for file in self.to_hash if file not in panels)
-        hashed = set(self.to_hash)
+        alone = (file for file in self.to_hash if file not in panels)
+        yield from sorted(alone, key=lambda file: -self.sizes[file])  # a long one last waits alone
         for file, items in panels.items():
-            if file in hashed:
+            if file in self.to_hash:
                 yield file
             yield from items
 
     def _hash(self, file: str, buffer: Bytes) -> None:
         began = time.perf_counter()
         try:
-            found = hash_file(self.root / file, buffer, self.progress.advance)
+            found = hash_file(self.root / file, self.to_hash[file], buffer, self.progress.advance)
         except OSError as wrong:
             self.findings.append(
                 error("bytes", f"cannot be read: {wrong.strerror}",

@@ -1,4 +1,7 @@
-"""The value digests of a checkpoint: streaming, on several threads, in bounded memory."""
+"""The value digests of a checkpoint: streaming, on several threads, in bounded memory.
+
+Processes that share the job take a run of weights each; all of them get all digests.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from pathlib import Path
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest, model_digest
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, usable_cores, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
-from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.checkpoint.sidecars import identity
+from dsv4_quant.progress import Progress
+from dsv4_quant.team import Team
+from dsv4_quant.team.shares import runs
 
 
 def digest_tensors(
@@ -18,14 +24,27 @@ def digest_tensors(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> dict[str, str]:
     """Hex digests by name, of all weights or of those named.
 
+    ``workers`` are threads of one process.
     Raises NotANumberError at the first NaN, SourceDamagedError where ranks hold different copies,
     SourceChangedError when a file is cut short.
     """
-    progress = progress or NoProgress()
+    team = team or Team()
+    progress, threads = team.watched(progress), workers or usable_cores(team.sharing)
     chosen = list(checkpoint.specs if names is None else names)
+    team.agree(lambda: identity(checkpoint.folder, checkpoint.config), "checkpoint")
+    mine = runs({name: _nbytes(checkpoint, name) for name in chosen}, team.size)[team.rank]
+    parts = team.gather(lambda: _digests(checkpoint, mine, threads, progress))
+    found = team.lead(lambda: {name: digest for part in parts for name, digest in part.items()})
+    return {name: found[name] for name in chosen}
+
+
+def _digests(
+    checkpoint: Checkpoint, chosen: list[str], workers: int, progress: Progress
+) -> dict[str, str]:
     progress.total(sum(_nbytes(checkpoint, name) for name in chosen))
     found: dict[str, str] = {}
     unfinished: dict[str, TensorDigest] = {}
@@ -56,18 +75,18 @@ def digest_tensors(
 
         return work
 
-    work_in_threads(panels(), worker, workers or usable_cores())
-    return {name: found[name] for name in chosen}
+    work_in_threads(panels(), worker, workers, checkpoint.halt)
+    return found
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
     return sum(tensor.nbytes for tensor in checkpoint.stored(checkpoint.specs[name]))
 
 
-def digest(path: str | Path, *, workers: int | None = None) -> str:
+def digest(path: str | Path, *, workers: int | None = None, team: Team | None = None) -> str:
     """The value digest of a checkpoint folder: one line for the whole model.
 
     Raises UnreadableError, NotANumberError or SourceChangedError.
     """
     with Checkpoint.open(path) as checkpoint:
-        return model_digest(digest_tensors(checkpoint, workers=workers))
+        return model_digest(digest_tensors(checkpoint, workers=workers, team=team))

@@ -2,7 +2,7 @@
 
 Written in the same pass as the data, last of all files. There is no date and no path in it, so the
 same conversion makes the same bytes. SHA256SUMS covers every other file, the manifest included,
-in the form that ``sha256sum -c`` reads.
+in the form that ``sha256sum -c`` reads; or B3SUMS does, in that of ``b3sum -c`` (``sums``).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 from dsv4_quant import strict_json
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.requantised import Requantised
+from dsv4_quant.checkpoint.sums import LISTS, HashKind
 from dsv4_quant.errors import ManifestError
 
 MANIFEST = "dsv4-manifest.json"
-SUMS = "SHA256SUMS"
+SUMS = LISTS["sha256"]
 VERSION = 1
 MAX_BYTES = 64 << 20
 """V4-Pro's is 12 MB."""
@@ -31,10 +32,32 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file of the checkpoint."""
+    """One file of the checkpoint: its length and one hash of it."""
 
     bytes: int
-    sha256: str
+    sha256: str | None = None
+    blake3: str | None = None
+
+    @classmethod
+    def of(cls, size: int, kind: HashKind, hash: str) -> FileRecord:
+        """The record of a file that has this hash of that kind."""
+        return cls(size, sha256=hash) if kind == "sha256" else cls(size, blake3=hash)
+
+    @property
+    def kind(self) -> HashKind:
+        """Which hash it is."""
+        return "blake3" if self.sha256 is None else "sha256"
+
+    @property
+    def hash(self) -> str:
+        """The hash, in hex."""
+        found = self.blake3 if self.sha256 is None else self.sha256
+        assert found is not None
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {"bytes": self.bytes, self.kind: self.hash}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +102,11 @@ class Manifest:
     requantised: Requantised | None = None
 
     @property
+    def hash_kind(self) -> HashKind:
+        """Which hash the files have, all the same."""
+        return next((record.kind for record in self.files.values()), "sha256")
+
+    @property
     def value_digest(self) -> str:
         """The whole model's value digest."""
         return model_digest({name: record.digest for name, record in self.tensors.items()})
@@ -99,7 +127,7 @@ class Manifest:
         text = json.dumps(head, indent=2)[:-2]
         if self.requantised is not None:
             text += ',\n  "requantised": ' + self.requantised.to_json()
-        text += ',\n  "files": ' + _lines({n: asdict(r) for n, r in sorted(self.files.items())})
+        text += ',\n  "files": ' + _lines({n: r.to_json() for n, r in sorted(self.files.items())})
         tensors = {n: _record(r) for n, r in sorted(self.tensors.items())}
         text += ',\n  "tensors": ' + _lines(tensors)
         return (text + "\n}\n").encode()
@@ -118,8 +146,8 @@ def _lines(table: Mapping[str, Any]) -> str:
 
 
 def sums(files: Mapping[str, FileRecord]) -> bytes:
-    """SHA256SUMS for these files."""
-    return "".join(f"{record.sha256}  {name}\n" for name, record in sorted(files.items())).encode()
+    """SHA256SUMS, or whichever list has that kind of hash, for these files."""
+    return "".join(f"{record.hash}  {name}\n" for name, record in sorted(files.items())).encode()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -145,8 +173,12 @@ def _parse(raw: Any) -> Manifest:
     for name, file_record in files.items():
         if not _is_plain(name) or type(file_record.bytes) is not int:
             raise ValueError(f"file entry {name!r}")
-        if not _HEX.fullmatch(file_record.sha256):
-            raise ValueError(f"sha256 of {name!r}")
+        if (file_record.sha256 is None) == (file_record.blake3 is None):
+            raise ValueError(f"hash of {name!r}")
+        if not _HEX.fullmatch(file_record.hash):
+            raise ValueError(f"{file_record.kind} of {name!r}")
+    if len({record.kind for record in files.values()}) > 1:
+        raise ValueError("hashes of different kinds")
     tensors = {name: TensorRecord(**record) for name, record in raw["tensors"].items()}
     for name, record in tensors.items():
         hashes = (record.digest, record.source or record.digest)

@@ -36,18 +36,25 @@ def row_ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def usable_cores() -> int:
-    """Threads to use where nobody says: one per core that this process may run on."""
-    return len(os.sched_getaffinity(0))
+def usable_cores(sharing: int = 1) -> int:
+    """Threads to use where nobody says: one per core that this process may run on.
+
+    ``sharing``: how many processes of one job run on these cores (``team``).
+    """
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 def work_in_threads(
-    items: Iterable[Item], make_worker: Callable[[], Callable[[Item], None]], workers: int
+    items: Iterable[Item],
+    make_worker: Callable[[], Callable[[Item], None]],
+    workers: int,
+    halt: Callable[[], None] = lambda: None,
 ) -> None:
     """Hands items, in order, to that many threads; the first error stops all and is raised.
 
     ``make_worker`` is called once in each thread and gives the function that takes one item, so
     that a thread can have buffers of its own. Ctrl-C stops the threads after their current item.
+    ``halt`` is called at an error, before the others are waited for: to end their own waiting.
     """
     queue, lock = iter(items), threading.Lock()
     errors: list[BaseException] = []
@@ -65,6 +72,7 @@ def work_in_threads(
                 work(item)
         except BaseException as error:  # handed to the caller's thread below
             errors.append(error)
+            halt()
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
     for thread in threads:
@@ -74,6 +82,7 @@ def work_in_threads(
             thread.join()
     except BaseException as error:
         errors.insert(0, error)
+        halt()
         for thread in threads:
             thread.join()
         raise

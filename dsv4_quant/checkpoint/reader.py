@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from dsv4_quant.checkpoint.placement import geometry
 from dsv4_quant.config import ModelConfig, read_config
 from dsv4_quant.errors import Dsv4Error, SourceChangedError, SourceDamagedError, UnreadableError
 from dsv4_quant.formats.blocks import CODES, SCALES, Tensor
+
+if TYPE_CHECKING:
+    from dsv4_quant.hub.arrivals import Arrivals
 
 CONFIGS = ("config.json", "inference/config.json")
 
@@ -62,22 +65,30 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.catalogue = catalogue
+        self.arrivals: Arrivals | None = None
+        """What brings the data, where the folder holds only headers."""
         self._files = _OpenFiles(folder)
 
     @classmethod
     def open(
-        cls, root: str | Path, config: Path | None = None, freed: Path | None = None
+        cls,
+        root: str | Path,
+        config: Path | None = None,
+        freed: Path | None = None,
+        arrivals: Arrivals | None = None,
     ) -> Checkpoint:
         """Reads config, index and headers. Raises UnreadableError if anything is wrong.
 
         ``freed`` holds the headers of files that a move has freed: they can be planned with, not
-        read.
+        read. ``arrivals`` brings the data where the folder holds only headers.
         """
         folder, parsed, catalogue = inspect_folder(Path(root), config, freed)
         if folder.problems:
             raise summary(folder)
         assert parsed is not None and catalogue is not None
-        return cls(folder, parsed, catalogue)
+        opened = cls(folder, parsed, catalogue)
+        opened.arrivals = arrivals
+        return opened
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -177,6 +188,9 @@ class Checkpoint:
     def read_into(self, file: str, offset: int, out: NDArray[Any]) -> None:
         """Fills a contiguous array from a file. Raises SourceChangedError at a short read."""
         view = out.data.cast("B") if out.size else memoryview(b"")
+        if self.arrivals is not None:
+            self.arrivals.read_into(file, offset, view)
+            return
         done = 0
         try:
             fd = self._files.descriptor(file)
@@ -195,6 +209,11 @@ class Checkpoint:
                 file=self.root / file,
                 hint="Restore it and run the same command again.",
             ) from None
+
+    def halt(self) -> None:
+        """Ends the waiting of all who read what has not arrived: the work has failed elsewhere."""
+        if self.arrivals is not None:
+            self.arrivals.halt()
 
     def close(self) -> None:
         """Closes the files that were opened for reading."""

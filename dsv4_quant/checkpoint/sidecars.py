@@ -11,12 +11,13 @@ from typing import NoReturn
 from blake3 import blake3
 
 from dsv4_quant.checkpoint.folder import INDEX, Folder, check_inside
-from dsv4_quant.checkpoint.manifest import MANIFEST, SUMS
+from dsv4_quant.checkpoint.manifest import MANIFEST
+from dsv4_quant.checkpoint.sums import LISTS
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.errors import UnreadableError
 from dsv4_quant.strict_json import clip
 
-MADE_ANEW = frozenset((INDEX, MANIFEST, SUMS, "config.json", "inference/config.json"))
+MADE_ANEW = frozenset((INDEX, MANIFEST, *LISTS.values(), "config.json", "inference/config.json"))
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 UNSEEN = (".DS_Store", ".gitignore")
 MAX_CARRIED_BYTES = 1 << 30

@@ -1,6 +1,6 @@
 """Output files: preallocated, written in ranges from any thread, hashed in order as they grow.
 
-SHA-256 needs a file's bytes from first to last, while threads finish their panels in any order. A
+A hash needs a file's bytes from first to last, while threads finish their panels in any order. A
 panel that comes early waits in memory (the caller keeps that within bounds) until those before it
 have been hashed; whichever thread closes the gap hashes all that is waiting.
 """
@@ -8,14 +8,13 @@ have been hashed; whichever thread closes the gap hashes all that is waiting.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from dsv4_quant.checkpoint.manifest import FileRecord
+from dsv4_quant.checkpoint.sums import FileHash, HashKind, new_hash
 from dsv4_quant.errors import SourceChangedError, WriteError
 
 _DONT_CACHE = 0x80  # RWF_DONTCACHE: start writing back at once, then drop the pages (Linux 6.14)
@@ -25,14 +24,22 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class OutputFile:
     """One file being written. Bytes [0, start) are there already when a run is resumed."""
 
-    def __init__(self, path: Path, size: int, marks: Iterable[int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        marks: Iterable[int],
+        *,
+        kind: HashKind = "sha256",
+        reserve: bool = True,
+    ) -> None:
         self.path = path
         self.size = size
         self.hashed = 0
         self.marked: dict[int, str] = {}
-        """SHA-256 of the first so many bytes, at every mark that has been reached."""
+        """Hash of the first so many bytes, at every mark that has been reached."""
         self._marks = frozenset(marks) | {size}
-        self._sha = hashlib.sha256()
+        self._sum = new_hash(kind)
         self._waiting: dict[int, memoryview] = {}
         self._is_hashing = False
         self._lock = threading.Lock()
@@ -42,15 +49,16 @@ class OutputFile:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             if os.fstat(self._fd).st_size != size:
                 os.ftruncate(self._fd, size)
-            _allocate(self._fd, size)
+            if reserve:
+                _allocate(self._fd, size)
         except OSError as error:
             self.close()
             raise _failed(error, path) from None
 
-    def continue_from(self, start: int, sha: Any) -> None:
-        """Takes the first ``start`` bytes as written; ``sha`` has hashed them."""
-        self.hashed, self._sha = start, sha
-        self.marked[start] = sha.hexdigest()
+    def continue_from(self, start: int, sum: FileHash) -> None:
+        """Takes the first ``start`` bytes as written; ``sum`` has hashed them."""
+        self.hashed, self._sum = start, sum
+        self.marked[start] = sum.hexdigest()
 
     def write(self, offset: int, data: memoryview) -> int:
         """Writes, and hashes what can be; returns by how many bytes the hash has advanced.
@@ -86,10 +94,10 @@ class OutputFile:
                 if ready is None:
                     self._is_hashing = False
                     return advanced
-            self._sha.update(ready)
+            self._sum.update(ready)
             end = self.hashed + len(ready)
             if end in self._marks:
-                self.marked[end] = self._sha.copy().hexdigest()
+                self.marked[end] = self._sum.copy().hexdigest()
             self.hashed = end  # after its mark: whoever sees the one finds the other
             advanced += len(ready)
 
@@ -129,20 +137,20 @@ def _failed(error: OSError, path: Path) -> WriteError:
     )
 
 
-def write_durably(path: Path, content: bytes | Path) -> FileRecord:
+def write_durably(path: Path, content: bytes | Path, kind: HashKind = "sha256") -> FileRecord:
     """A small file, made from bytes or copied, on the disk when this returns."""
-    sha, size = hashlib.sha256(), 0
+    sum, size = new_hash(kind), 0
     try:
         with path.open("wb") as file:
             for data in _chunks(content):
                 file.write(data)
-                sha.update(data)
+                sum.update(data)
                 size += len(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise _failed(error, path) from None
-    return FileRecord(size, sha.hexdigest())
+    return FileRecord.of(size, kind, sum.hexdigest())
 
 
 def _chunks(content: bytes | Path) -> Iterator[bytes]:
@@ -157,6 +165,16 @@ def _chunks(content: bytes | Path) -> Iterator[bytes]:
         raise SourceChangedError(f"Cannot be read: {error.strerror}", file=content) from None
 
 
+def rehash(path: Path, start: int, stop: int, sum: FileHash) -> None:
+    """Goes on hashing with a file's bytes [start, stop), read from the disk and not from memory."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
+        file.seek(start)
+        while start < stop and (data := file.read(min(1 << 22, stop - start))):
+            sum.update(data)
+            start += len(data)
+
+
 def sync_folder(path: Path) -> None:
     """A rename is durable only when its folder is."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -166,17 +184,19 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def prefix_hashes(path: Path, marks: Iterable[int]) -> dict[int, Any]:
-    """A SHA-256 object for each prefix of those lengths, as far as the file goes."""
-    found: dict[int, Any] = {}
-    sha, at = hashlib.sha256(), 0
+def prefix_hashes(
+    path: Path, marks: Iterable[int], kind: HashKind = "sha256"
+) -> dict[int, FileHash]:
+    """A hash object for each prefix of those lengths, as far as the file goes."""
+    found: dict[int, FileHash] = {}
+    sum, at = new_hash(kind), 0
     with path.open("rb") as file:
         for mark in sorted(set(marks)):
             while at < mark:
                 data = file.read(min(1 << 22, mark - at))
                 if not data:
                     return found
-                sha.update(data)
+                sum.update(data)
                 at += len(data)
-            found[mark] = sha.copy()
+            found[mark] = sum.copy()
     return found

@@ -23,12 +23,14 @@ from typing import Any
 from blake3 import blake3
 
 from dsv4_quant.checkpoint.folder import PARTIAL
+from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.conversion.files import prefix_hashes, sync_folder, write_durably
 from dsv4_quant.errors import BusyError, WriteError
 
 FOLDER = PARTIAL
 _LOCK, _JOURNAL, _NEW = "lock", "journal", "journal.new"
 _REPLACED = "replaced"
+FREED = "freed"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Some network filesystems keep none; there it is the user who must not start two runs."""
 
@@ -60,6 +62,26 @@ class Resume:
     results: dict[str, Any] = field(default_factory=dict)
     cuts: int = 0
 
+    def copied_prefixes(self) -> dict[str, tuple[int, Any]]:
+        """Hash objects that can go on apart from those of the run itself."""
+        return {name: (mark, held.copy()) for name, (mark, held) in self.prefixes.items()}
+
+
+def freed_headers(out: Path) -> Path | None:
+    """Where an unfinished move keeps the headers of what it has freed, if it has freed any.
+
+    A run that was cut off while it tidied up behind a complete output is helped to its end.
+    """
+    folder = out / FOLDER / FREED
+    begun = any((out / FOLDER / name).exists() for name in (_JOURNAL, _REPLACED))
+    if (out / FOLDER).is_dir() and (out / MANIFEST).exists() and not begun:
+        work = Workspace(out)
+        try:
+            work.discard(complete=True)
+        finally:
+            work.close()
+    return folder if folder.is_dir() else None
+
 
 class Workspace:
     """The folder of an unfinished conversion, held by one run at a time."""
@@ -82,6 +104,7 @@ class Workspace:
             ) from None
         self._journal: int | None = None
         self.replaced = self.folder / _REPLACED
+        self.freed = self.folder / FREED
         if not self._is_ours():
             os.close(self._lock)
             raise BusyError(
@@ -130,6 +153,7 @@ class Workspace:
 
     def begin(self, plan: Mapping[str, Any], stamps: Mapping[str, Any]) -> None:
         """Empties the folder and starts a journal for this plan."""
+        self._require_no_freed()
         for entry in self.folder.iterdir():
             if entry.name not in (_LOCK, _REPLACED):
                 entry.unlink()
@@ -151,6 +175,39 @@ class Workspace:
             sync_folder(folder)
         for folder in touched:
             _remove_empty(folder, self.out)
+
+    @property
+    def freed_files(self) -> frozenset[str]:
+        """Source files that are gone: what was made of them is here and nowhere else."""
+        return frozenset(path.name for path in self.freed.glob("*.safetensors"))
+
+    def forget_freed(self, source: Path) -> None:
+        """Files that are there after all (a kill came first, or somebody restored them)."""
+        for name in self.freed_files:
+            if (source / name).exists():
+                (self.freed / name).unlink()
+
+    def keep_header(self, path: Path, header_bytes: int) -> None:
+        """A file's header and length, its data left out; durable when this returns.
+
+        Enough to plan with, so that a run continues when the file itself is gone.
+        """
+        self.freed.mkdir(exist_ok=True)
+        new = self.freed / _NEW
+        with path.open("rb") as file:
+            write_durably(new, file.read(header_bytes))
+        os.truncate(new, path.stat().st_size)
+        new.replace(self.freed / path.name)
+        sync_folder(self.freed)
+        sync_folder(self.folder)
+
+    def _require_no_freed(self) -> None:
+        if self.freed_files:
+            raise WriteError(
+                "OUT holds weights whose source files were freed: it is their only copy",
+                file=self.out,
+                hint="Finish that conversion with its own command, then do what you like.",
+            )
 
     def drop_replaced(self) -> None:
         """What was set aside is not needed any more: the new output is complete."""
@@ -222,12 +279,17 @@ class Workspace:
                 hint="Make room and run the same command again.",
             ) from None
 
-    def discard(self) -> None:
+    def discard(self, *, complete: bool = False) -> None:
         """Removes the folder and all in it, and OUT too if this run made it and it is empty.
 
-        What was set aside and is still there goes back to its place.
+        What was set aside and is still there goes back to its place. Raises WriteError for a move
+        that is not ``complete``: nobody has what it holds.
         """
+        if not complete:
+            self._require_no_freed()
         self._put_back()
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(self.freed, ignore_errors=True)
         for entry in self.folder.iterdir():
             entry.unlink()
         self.folder.rmdir()

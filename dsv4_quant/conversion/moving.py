@@ -14,20 +14,21 @@ An unfinished move is the only whole copy of its weights: nothing may discard it
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.conversion import operations
-from dsv4_quant.conversion.files import sync_folder, write_durably
+from dsv4_quant.conversion.files import rehash, sync_folder
+from dsv4_quant.conversion.journal import Cut, Workspace
 from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.plan import COPY, Plan, Step
-from dsv4_quant.errors import SourceDamagedError, UsageError
+from dsv4_quant.conversion.source import not_as_stated
+from dsv4_quant.errors import UsageError, WriteError
 from dsv4_quant.progress import Progress
 
 
@@ -62,6 +63,8 @@ def peak_bytes(
 def check_movable(plan: Plan, stated: Mapping[str, str]) -> None:
     """Raises UsageError unless the source is one whose shards may be removed one by one."""
     root = plan.source.root
+    if plan.source.arrivals is not None:
+        raise UsageError("--move frees a folder's files; of an id nothing stays on the disk anyway")
     if missing := [name for name in plan.source.specs if name not in stated]:
         raise UsageError(
             f"--move needs a manifest in SRC that states every weight's digest, and {missing[0]}"
@@ -140,20 +143,21 @@ class Mover:
         if cut.steps == len(self.plan.steps):
             return
         due = [name for name, use in self._uses.items() if use <= cut.steps]
-        self._free(cut, due)
+        self._free(cut.files, due)
 
-    def finish(self, cut: Cut) -> None:
-        """Frees what is left; the output is complete, with its manifest."""
-        self._free(cut, list(self._uses))
+    def finish(self, hashes: Mapping[str, str]) -> None:
+        """Frees what is left; the output is complete, with its manifest. ``hashes`` of files."""
+        files = {file.name: (file.size, hashes[file.name]) for file in self.plan.files}
+        self._free(files, list(self._uses))
 
-    def _free(self, cut: Cut, names: Sequence[str]) -> None:
+    def _free(self, files: Mapping[str, tuple[int, str]], names: Sequence[str]) -> None:
         root = self.plan.source.root
         if not (due := [name for name in names if (root / name).exists()]):
             return
-        for name, (mark, stated) in cut.files.items():
+        for name, (mark, stated) in files.items():
             self._confirm(name, mark, stated)
         for name in due:
-            self.work.keep_header(root / name, self.plan.source.folder.headers[name])
+            self.work.keep_header(root / name, self.plan.source.folder.headers[name].data_start)
             (root / name).unlink()
             sync_folder(root)
             self.freed.add(name)
@@ -161,8 +165,8 @@ class Mover:
     def _confirm(self, name: str, mark: int, stated: str) -> None:
         """Reads what was written since the last time; raises WriteError if it is not that."""
         path = self.work.locate(name)
-        done, held = self.hashes.get(name) or (0, new_hash(self.plan.request.sums))
-        hash_range(path, done, mark, held)
+        done, held = self.hashes.get(name) or (0, hashlib.sha256())
+        rehash(path, done, mark, held)
         if held.hexdigest() != stated:
             raise WriteError(
                 "The disk gives back other bytes than were written; nothing more was freed",

@@ -41,6 +41,29 @@ class Proof:
 
     tiles: int = 0
     spreads: Counter[int] = field(default_factory=Counter)
+    worst: tuple[int, int, int] | None = None
+    """A spread, and row and column of the first tile that has it; not looked up for all."""
+
+    def add(self, other: Proof) -> None:
+        """Takes in what another panel of the weight proved."""
+        self.tiles += other.tiles
+        self.spreads += other.spreads
+        if self.worst is None or (other.worst is not None and _worse(other.worst, self.worst)):
+            self.worst = other.worst
+
+    def to_json(self) -> list[Any]:
+        """For the journal."""
+        return [self.tiles, sorted(self.spreads.items()), self.worst]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Proof:
+        """The inverse of to_json."""
+        tiles, spreads, worst = value
+        return cls(tiles, Counter(dict(spreads)), worst and tuple(worst))
+
+
+def _worse(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    return (-a[0], a[1:]) < (-b[0], b[1:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,16 @@ from dsv4_quant.catalogue import stored as stored_tensors
 from dsv4_quant.checkpoint.header import DTYPE_ORDER, build_header
 from dsv4_quant.checkpoint.placement import pieces
 from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.conversion.reads import reads
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.errors import UsageError, some
 from dsv4_quant.formats.blocks import BF16, FP4, Format, fp8
+from dsv4_quant.hub.schedule import Range
 
 COPY = "copy"
+
+CUT_BYTES = 1 << 30
+"""How often a run writes down how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,12 @@ class Step:
     targets: tuple[Target, ...]
     lossy: bool = False
     """Values are rounded where the operation is not exact, and what that costs is counted."""
+
+    @property
+    def needs_codes(self) -> bool:
+        """Whether it reads codes too: a copy's scales, and FP8's of FP4's, are made of scales."""
+        of_scales = self.operation == COPY or (self.operation == "fp4_to_fp8" and not self.lossy)
+        return not (self.out.is_scale and of_scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,11 @@ class Plan:
     def bytes(self) -> int:
         """Bytes of all output files, small ones not counted."""
         return sum(file.size for file in self.files)
+
+    @cached_property
+    def reads(self) -> tuple[tuple[Range, ...], ...]:
+        """The ranges of the source's files that each step reads."""
+        return tuple(reads(self.source, self.steps))
 
     @cached_property
     def is_lossy(self) -> bool:
@@ -250,3 +266,17 @@ def file_names(catalogue: Catalogue, request: Request) -> Iterator[str]:
         return
     count = shard_count(catalogue.config)
     yield from (f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1))
+
+
+def cuts(plan: Plan, every: int = CUT_BYTES) -> Iterator[tuple[int, dict[int, int]]]:
+    """(steps done, bytes of each file done) at about every GiB, and at the end."""
+    marks: dict[int, int] = {}
+    since = 0
+    for index, step in enumerate(plan.steps, 1):
+        for target in step.targets:
+            size = target.rows * target.row_bytes
+            marks[target.file] = target.offset + size
+            since += size
+        if since >= every or index == len(plan.steps):
+            yield index, dict(marks)
+            since = 0

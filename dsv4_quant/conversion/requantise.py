@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_quant.checkpoint.digest import IS_NAN, NOT_BF16
 from dsv4_quant.conversion.operations import Panel, refuse_nan
 from dsv4_quant.formats import e8m0
 from dsv4_quant.formats.blocks import Tensor
@@ -26,6 +25,7 @@ from dsv4_quant.kernels.fp4_to_bf16_numba import fp4_to_bf16
 from dsv4_quant.kernels.fp4_to_fp8_numba import fp4_to_fp8, fp8_scales
 from dsv4_quant.kernels.fp8_to_bf16_numba import fp8_to_bf16
 from dsv4_quant.kernels.fp8_to_f32_numba import fp8_to_f32
+from dsv4_quant.kernels.jit_numba import INEXACT, NAN
 from dsv4_quant.kernels.quantise_fp4_numba import quantise_fp4
 from dsv4_quant.kernels.quantise_fp8_numba import quantise_fp8
 from dsv4_quant.kernels.round_bf16_numba import round_bf16
@@ -106,12 +106,12 @@ def _values(panel: Panel) -> Array:
     b, c = tensor.format.block
     shape = (codes.shape[0], tensor.shape[1])
     half = np.empty(shape, np.uint16)
-    flags = NOT_BF16
+    flags = INEXACT
     if kind == "fp4":
         flags = fp4_to_bf16(codes, scales, c, half)
     elif tensor.format.scale == "e8m0":
         flags = fp8_to_bf16(codes, scales, 0, b, c, half)
-    if not flags & (NOT_BF16 | IS_NAN):
+    if not flags & (INEXACT | NAN):
         return half
     if kind == "fp4":
         return tensor.decode()
@@ -132,7 +132,8 @@ def _keep_exact_tiles(panel: Panel, codes: Array, scales: Array) -> None:
         for j in range(scales.shape[1]):
             held = np.ascontiguousarray(tensor.codes[rows, j * c // 2 : (j + 1) * c // 2])
             by = np.ascontiguousarray(tensor.scales[rows, j * c // group : (j + 1) * c // group])
-            tile, scale = np.empty((held.shape[0], 2 * held.shape[1]), np.uint8), scales[:1, :1].copy()
+            tile = np.empty((held.shape[0], 2 * held.shape[1]), np.uint8)
+            scale = np.empty((1, 1), np.uint8)
             if _published(held, by, group, block, tile, scale):
                 codes[rows, j * c : (j + 1) * c], scales[i, j] = tile, scale[0, 0]
 

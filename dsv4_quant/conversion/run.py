@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint.manifest import (
@@ -25,11 +25,13 @@ from dsv4_quant.checkpoint.manifest import (
 )
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.requantised import Requantised, by_layer
+from dsv4_quant.conversion.arriving import arriving, vouched
 from dsv4_quant.conversion.budget import Budget, budget
 from dsv4_quant.conversion.certificate import certificates
 from dsv4_quant.conversion.configs import small_files
 from dsv4_quant.conversion.files import sync_folder, write_durably
-from dsv4_quant.conversion.journal import Resume, Workspace
+from dsv4_quant.conversion.journal import Resume, Workspace, freed_headers
+from dsv4_quant.conversion.moving import Mover, check_movable, last_uses, rehearse
 from dsv4_quant.conversion.plan import Plan, make_plan
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.source import Stamps, held_until_the_end, still_holds, take_stamps
@@ -50,8 +52,12 @@ from dsv4_quant.errors import (
     UsageError,
     ValueNotExactError,
     WriteError,
+    some,
 )
 from dsv4_quant.progress import NoProgress, Progress
+
+if TYPE_CHECKING:
+    from dsv4_quant.hub.arrivals import Arrivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +79,14 @@ def convert(
     workers: int | None = None,
     max_memory: int = 4 << 30,
     overwrite: bool = False,
+    move: bool = False,
+    arrivals: Arrivals | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Converts a checkpoint folder. Continues by itself what an earlier run left unfinished.
+
+    With ``move`` each source file is removed once what was made of it is safe (``moving``). Where
+    ``src`` holds only headers, ``arrivals`` brings the data (``hub.headers.opened``).
 
     Where OUT already is this conversion, complete and of the same source, that is checked byte by
     byte and value by value, and nothing is written.
@@ -84,18 +95,23 @@ def convert(
     """
     began = time.monotonic()
     progress = progress or NoProgress()
-    stamps = take_stamps(src)
-    with Checkpoint.open(src) as source:
+    target = Path(out)
+    freed = freed_headers(target)
+    stamps = take_stamps(src) if arrivals is None else arrivals.stamps
+    with Checkpoint.open(src, freed=freed, arrivals=arrivals) as source:
         progress.stage("planning")
         plan = make_plan(source, request)
         limits = budget(plan, workers=workers, max_memory=max_memory)
         stated = stated_digests(source)
-        target = Path(out)
         check_separate(source.root, target)
-        check_room(plan, target, overwrite=overwrite)
+        if move:
+            check_movable(plan, stated)
+        check_room(plan, target, overwrite=overwrite, move=move)
+        if move and freed is None:
+            rehearse(plan, stated, workers=limits.workers, progress=progress)
         work = Workspace(target)
         try:
-            run = _Run(work, plan, limits, stamps, stated, progress)
+            run = _Run(work, plan, limits, stamps, stated, progress, move)
             manifest, done = run.all(overwrite=overwrite)
         except OSError as error:
             raise WriteError(
@@ -119,10 +135,12 @@ class _Run:
     stated: Mapping[str, str]
     """Digests that the source's own manifest states."""
     progress: Progress
+    move: bool = False
 
     def all(self, *, overwrite: bool) -> tuple[Manifest, int]:
         """The manifest, and how many bytes were there before."""
         work, plan, key = self.work, self.plan, plan_key(self.plan)
+        work.forget_freed(plan.source.root)
         if not overwrite and work.journal is None:
             held = finished(
                 work.out, plan, key, workers=self.limits.workers, progress=self.progress
@@ -131,10 +149,16 @@ class _Run:
                 work.discard()
                 return held, plan.bytes
         resume = self._prepare(key, overwrite=overwrite)
-        results, hashes = self._stream(resume)
+        mover = Mover(plan, work, resume.copied_prefixes()) if self.move else None
+        results, hashes = self._stream(resume, mover)
         self._confirm_source(results)
         self.progress.stage("finishing")
         manifest = _finish(work, plan, results, hashes)
+        if mover is not None:
+            mover.finish(hashes)
+        work.drop_replaced()
+        work.discard(complete=True)
+        sync_folder(work.out)
         return manifest, sum(mark for mark, _ in resume.prefixes.values())
 
     def _prepare(self, key: Mapping[str, Any], *, overwrite: bool) -> Resume:
@@ -143,11 +167,15 @@ class _Run:
         if before is not None and before.plan == key:
             self.progress.stage("checking what an earlier run left")
             resume = work.sound(before.cuts)
+            self._require_source_of_the_rest(resume)
             if resume.steps < len(self.plan.steps):
                 withdraw(work, self.plan)
             digests = {name: Result.from_json(r).read for name, r in resume.results.items()}
-            if self._still_holds(digests, before.stamps):
-                work.resume(before, self.stamps, resume.cuts)
+            now = {**before.stamps, **self.stamps} if work.freed_files else self.stamps
+            if self._still_holds(digests, before.stamps, now) and vouched(
+                self.plan, work.folder, resume.steps
+            ):
+                work.resume(before, now, resume.cuts)
                 return resume
             withdraw(work, self.plan)
         elif before is not None and not overwrite:
@@ -166,12 +194,25 @@ class _Run:
         work.begin(key, self.stamps)
         return Resume()
 
-    def _still_holds(self, digests: Mapping[str, str], before: Stamps) -> bool:
+    def _require_source_of_the_rest(self, resume: Resume) -> None:
+        """Raises WriteError where the output was damaged and its source is gone already."""
+        if not self.work.freed_files:
+            return
+        uses = last_uses(self.plan)
+        lost = sorted(name for name in self.work.freed_files if uses[name] > resume.steps)
+        if lost:
+            raise WriteError(
+                f"What was made of {some(lost)} is damaged, and the source was freed",
+                file=self.work.folder,
+                hint="Restore these source files (fetch them again); the same command continues.",
+            )
+
+    def _still_holds(self, digests: Mapping[str, str], before: Stamps, now: Stamps) -> bool:
         return still_holds(
             self.plan.source,
             digests,
             before,
-            self.stamps,
+            now,
             workers=self.limits.workers,
             progress=self.progress,
         )
@@ -183,7 +224,9 @@ class _Run:
             self.work.discard()
             raise
 
-    def _stream(self, resume: Resume) -> tuple[dict[str, Result], dict[str, str]]:
+    def _stream(
+        self, resume: Resume, mover: Mover | None
+    ) -> tuple[dict[str, Result], dict[str, str]]:
         """Runs all steps; gives the result of every weight and the SHA-256 of every file."""
         progress, plan = self.progress, self.plan
         progress.stage("converting")
@@ -192,10 +235,17 @@ class _Run:
         values = self.limits.panel_values
         try:
             stream = Stream(
-                plan, self.work, resume, values=values, progress=progress, stated=self.stated
+                plan,
+                self.work,
+                resume,
+                values=values,
+                progress=progress,
+                stated=self.stated,
+                mover=mover,
             )
             try:
-                stream.run(self.limits.workers)
+                with arriving(plan, self.work.folder, resume.steps):
+                    stream.run(self.limits.workers)
             finally:
                 stream.close()
         except (ValueNotExactError, NotANumberError):
@@ -214,6 +264,7 @@ class _Run:
             self.plan.source,
             digests,
             self.stamps,
+            freed=self.work.freed,
             workers=self.limits.workers,
             progress=self.progress,
         ):
@@ -244,9 +295,6 @@ def _finish(
     manifest = _manifest(plan, results, records)
     records[MANIFEST] = _place(work, MANIFEST, manifest.to_json())
     _place(work, SUMS, sums(records))
-    sync_folder(work.out)
-    work.drop_replaced()
-    work.discard()
     sync_folder(work.out)
     return manifest
 
@@ -300,7 +348,8 @@ def _record(spec: TensorSpec, result: Result) -> TensorRecord:
 
 
 def _requantised(plan: Plan, results: Mapping[str, Result]) -> Requantised | None:
-    costs = {name: result.cost for name, result in results.items() if result.cost is not None}
     if not plan.is_lossy:
         return None
-    return Requantised(plan.request.rule.value, costs, by_layer(plan.catalogue.specs.values(), costs))
+    costs = {name: result.cost for name, result in results.items() if result.cost is not None}
+    layers = by_layer(plan.catalogue.specs.values(), costs)
+    return Requantised(plan.request.rule.value, costs, layers)

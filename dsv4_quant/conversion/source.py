@@ -11,19 +11,32 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dsv4_quant.checkpoint.digesting import digest_tensors
+from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.sidecars import identity
-from dsv4_quant.errors import NotANumberError, SourceChangedError, UnreadableError
+from dsv4_quant.errors import (
+    NotANumberError,
+    SourceChangedError,
+    SourceDamagedError,
+    UnreadableError,
+)
 from dsv4_quant.progress import Progress
 
-Stamps = Mapping[str, list[int]]
+Stamps = Mapping[str, list[Any]]
 
 
-def take_stamps(root: str | Path) -> Stamps:
-    """Of all weight files of a folder; take them before their headers are read."""
-    found = {}
+def take_stamps(
+    root: str | Path, freed: Path | None = None, before: Stamps | None = None
+) -> Stamps:
+    """Of all weight files of a folder; take them before their headers are read.
+
+    Those that a move has freed keep the stamp that they had ``before``.
+    """
+    names = [path.name for path in freed.glob("*.safetensors")] if freed else []
+    found = {name: before[name] for name in names if before and name in before}
     with suppress(OSError), os.scandir(root) as entries:  # opening it will tell what is wrong
         for entry in entries:
             if entry.name.endswith(".safetensors"):
@@ -43,6 +56,8 @@ def still_holds(
 ) -> bool:
     """Whether the weights of these digests are still what they were when they were read."""
     changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    if source.arrivals is not None:
+        return not changed  # to fetch everything again is as good as to begin anew
     names = [name for name in digests if changed and changed & _files_of(source, name)]
     if not names:
         return True
@@ -64,18 +79,22 @@ def held_until_the_end(
     digests: Mapping[str, str],
     before: Stamps,
     *,
+    freed: Path | None = None,
     workers: int,
     progress: Progress,
 ) -> bool:
     """Whether a source that has been read to its end is still what it was at the beginning.
 
-    Raises SourceChangedError when it cannot be opened any more, as when a file has vanished.
+    Files whose headers lie in ``freed`` were taken away by a move, and are not missed. Raises
+    SourceChangedError when it cannot be opened any more, as when a file has vanished.
     """
-    now = take_stamps(source.root)
+    if source.arrivals is not None:
+        return True  # every file has passed with its published hash, or ``arriving`` had raised
+    now = take_stamps(source.root, freed, before)
     if now == before:
         return True
     try:
-        with Checkpoint.open(source.root) as again:
+        with Checkpoint.open(source.root, freed=freed) as again:
             same = identity(again.folder, again.config) == identity(source.folder, source.config)
             return same and still_holds(
                 again, digests, before, now, workers=workers, progress=progress
@@ -86,3 +105,14 @@ def held_until_the_end(
             file=error.file,
             hint="Restore it and run the same command again: it continues.",
         ) from None
+
+
+def not_as_stated(source: Checkpoint, name: str) -> SourceDamagedError:
+    """The error for a weight that is not what the source's own manifest says."""
+    return SourceDamagedError(
+        f"The source's values are not those of its own {MANIFEST}",
+        file=source.root,
+        tensor=name,
+        hint="The file is damaged or was edited: `dsv4-quant verify` says more. Restore it and run"
+        " the same command again; or, if you meant the edit, make a new manifest.",
+    )

@@ -8,7 +8,6 @@ it are hashed, makes them durable, and records the cut in the journal.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,16 @@ from numpy.typing import NDArray
 
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
-from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion import operations
+from dsv4_quant.conversion.certificate import find_tile
 from dsv4_quant.conversion.files import OutputFile
 from dsv4_quant.conversion.journal import Cut, Resume, Workspace
+from dsv4_quant.conversion.moving import Mover
 from dsv4_quant.conversion.operations import Panel, Proof
-from dsv4_quant.conversion.plan import COPY, Plan, Step
-from dsv4_quant.errors import SourceDamagedError
+from dsv4_quant.conversion.plan import COPY, Plan, Step, cuts
+from dsv4_quant.conversion.source import not_as_stated
 from dsv4_quant.formats.blocks import SCALES, Tensor
 from dsv4_quant.formats.cost import Cost
 from dsv4_quant.progress import Progress
@@ -34,7 +34,6 @@ from dsv4_quant.progress import Progress
 if TYPE_CHECKING:
     from dsv4_quant.kernels.figures_numba import Figures
 
-CUT_BYTES = 1 << 30
 BATCH_BYTES = 1 << 20
 """Small tensors are handed out together until they are worth a thread's while."""
 
@@ -62,16 +61,13 @@ class Result:
 
     def to_json(self) -> list[Any]:
         """For the journal."""
-        spreads = sorted(self.proof.spreads.items())
-        cost = self.cost and self.cost.to_json()
-        return [self.read, self.digest, self.proof.tiles, spreads, cost]
+        return [self.read, self.digest, self.proof.to_json(), self.cost and self.cost.to_json()]
 
     @classmethod
     def from_json(cls, value: Any) -> Result:
         """The inverse of to_json."""
-        read, digest, tiles, spreads, cost = value
-        proof = Proof(tiles, Counter(dict(spreads)))
-        return cls(read, digest, proof, cost and Cost.from_json(cost))
+        read, digest, proof, cost = value
+        return cls(read, digest, Proof.from_json(proof), cost and Cost.from_json(cost))
 
 
 @dataclass(slots=True)
@@ -98,12 +94,14 @@ class Stream:
         values: int,
         progress: Progress,
         stated: Mapping[str, str],
+        mover: Mover | None = None,
     ) -> None:
         self._plan, self._work, self._progress = plan, work, progress
-        self._stated = stated
+        self._stated, self._mover = stated, mover
         self._values = values
         self._first = resume.steps
         self.results = {name: Result.from_json(r) for name, r in resume.results.items()}
+        self._widest = self._widest_before()
         self._open: dict[int, _OpenWeight] = {}
         self._cuts = list(cuts(plan))
         self._pending, self._room = 0, threading.Condition()
@@ -112,12 +110,23 @@ class Stream:
         try:
             for index, file in enumerate(plan.files):
                 marks = [cut.get(index, 0) for _, cut in self._cuts]
-                self.files.append(OutputFile(work.locate(file.name), file.size, marks))
+                path, moving = work.locate(file.name), mover is not None
+                self.files.append(OutputFile(path, file.size, marks, reserve=not moving))
                 if file.name in resume.prefixes:
                     self.files[-1].continue_from(*resume.prefixes[file.name])
         except BaseException:
             self.close()
             raise
+
+    def _widest_before(self) -> tuple[int, int, int]:
+        """Of an earlier run's results: the widest spread, at the first step that has it."""
+        ranks = [(0, 0, 0)]
+        for index in range(self._first):
+            step = self._plan.steps[index]
+            worst = None if step.out.is_scale else self.results[step.spec.name].proof.worst
+            if worst is not None:
+                ranks.append((worst[0], -index, 0))
+        return max(ranks)
 
     def run(self, workers: int) -> None:
         """Works through all steps. Raises the first error, of whatever thread."""
@@ -125,7 +134,8 @@ class Stream:
         journal.start()
         try:
             self._write_headers()
-            work_in_threads(self._admitted(4 * workers * self._values), self._worker, workers)
+            batches = self._admitted(4 * workers * self._values)
+            work_in_threads(batches, self._worker, workers, self._plan.source.halt)
             journal.join()
         except BaseException as error:
             self._fail(error)
@@ -154,6 +164,7 @@ class Stream:
         with self._room:
             self._failed.append(error)
             self._room.notify_all()
+        self._plan.source.halt()
 
     def _admitted(self, limit: int) -> Iterator[list[Bite]]:
         """Batches, each when there is room for more bytes that wait to be hashed.
@@ -209,11 +220,24 @@ class Stream:
             else:
                 proof = Proof()
                 data, first = operations.weight(step.operation, held, proof), bite.start
+                self._look_up_worst(bite, held, proof)
             for leaf in hasher.leaves(spec.name, panel, bite.start):
                 weight.read.add(*leaf)
             self._finish(bite.step, proof)
         rows = 1 if len(spec.shape) == 1 else data.shape[0]
         self._write(step, first, data.reshape(rows, -1).view(np.uint8))
+
+    def _look_up_worst(self, bite: Bite, panel: Panel, proof: Proof) -> None:
+        """Finds the widest tile of a panel, where it may be the plan's first widest one."""
+        if not proof.spreads:
+            return
+        spread = max(proof.spreads)
+        rank = (spread, -bite.step, -bite.start)
+        with self._room:
+            if rank <= self._widest:
+                return
+            self._widest = rank
+        proof.worst = (spread, *find_tile(panel, spread))
 
     def _rounded(self, weight: _OpenWeight, panel: Panel, hasher: LeafHasher) -> NDArray[Any]:
         """Codes of the rows in their new format; what that costs is kept until the last bite."""
@@ -229,14 +253,13 @@ class Stream:
         """Adds a bite's proof; the last bite of a weight completes its result."""
         with self._room:
             weight = self._open[index]
-            weight.proof.tiles += proof.tiles
-            weight.proof.spreads += proof.spreads
+            weight.proof.add(proof)
             weight.bites -= 1
             if not weight.bites:
                 step = self._plan.steps[index]
                 name, read = step.spec.name, weight.read.hexdigest()
                 if self._stated.get(name, read) != read:
-                    raise _not_as_stated(self._plan.source, name)
+                    raise not_as_stated(self._plan.source, name)
                 written = weight.written.hexdigest() if step.lossy else read
                 cost = _cost(step, weight.figures) if step.lossy else None
                 self.results[name] = Result(read, written, weight.proof, cost)
@@ -294,7 +317,12 @@ class Stream:
                         return
                     for index in marks:
                         self.files[index].sync()
-                    self._work.record(self._cut(done, steps, marks))
+                    cut = self._cut(done, steps, marks)
+                    self._work.record(cut)
+                    if self._plan.source.arrivals is not None:
+                        self._plan.source.arrivals.release(steps)
+                    if self._mover is not None:
+                        self._mover.after_cut(cut)
                 done = steps
         except BaseException as error:
             self._fail(error)
@@ -328,30 +356,6 @@ def _cost(step: Step, figures: Mapping[int, Figures]) -> Cost:
 
     rows, cols = step.spec.matrix
     return cost_of([figures[first] for first in sorted(figures)], rows * cols)
-
-
-def _not_as_stated(source: Checkpoint, name: str) -> SourceDamagedError:
-    return SourceDamagedError(
-        f"The source's values are not those of its own {MANIFEST}",
-        file=source.root,
-        tensor=name,
-        hint="The file is damaged or was edited: `dsv4-quant verify` says more. Restore it and run"
-        " the same command again; or, if you meant the edit, make a new manifest.",
-    )
-
-
-def cuts(plan: Plan, every: int = CUT_BYTES) -> Iterator[tuple[int, dict[int, int]]]:
-    """(steps done, bytes of each file done) at about every GiB, and at the end."""
-    marks: dict[int, int] = {}
-    since = 0
-    for index, step in enumerate(plan.steps, 1):
-        for target in step.targets:
-            size = target.rows * target.row_bytes
-            marks[target.file] = target.offset + size
-            since += size
-        if since >= every or index == len(plan.steps):
-            yield index, dict(marks)
-            since = 0
 
 
 def read_scales(source: Checkpoint, spec: TensorSpec, start: int, stop: int) -> NDArray[Any]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.budget import budget
+from dsv4_quant.conversion.journal import freed_headers
 from dsv4_quant.conversion.plan import COPY, Plan, make_plan
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.target import check_empty, check_separate, disk_room
+
+if TYPE_CHECKING:
+    from dsv4_quant.hub.arrivals import Arrivals
 
 EXACTNESS = {
     COPY: "the same bytes",
@@ -59,18 +64,20 @@ def plan_conversion(
     workers: int | None = None,
     max_memory: int = 4 << 30,
     overwrite: bool = False,
+    move: bool = False,
+    arrivals: Arrivals | None = None,
 ) -> PlanSummary:
     """The plan of a conversion in figures.
 
     Raises what ``convert`` would raise before it reads a value, but for a full disk.
     """
-    with Checkpoint.open(src) as source:
+    with Checkpoint.open(src, freed=freed_headers(Path(out)), arrivals=arrivals) as source:
         plan = make_plan(source, request)
         limits = budget(plan, workers=workers, max_memory=max_memory)
         check_separate(source.root, Path(out))
         if not overwrite and Path(out).is_dir() and not (Path(out) / MANIFEST).exists():
             check_empty(Path(out))
-        needed, free = disk_room(plan, Path(out), overwrite=overwrite)
+        needed, free = disk_room(plan, Path(out), overwrite=overwrite, move=move)
         return _summary(plan, limits.workers, limits.peak_bytes, needed, free)
 
 

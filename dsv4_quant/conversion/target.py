@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_quant import __version__
-from dsv4_quant.checkpoint.digesting import digest_tensors
 from dsv4_quant.checkpoint.folder import INDEX, is_weight_file
 from dsv4_quant.checkpoint.manifest import (
     MANIFEST,
@@ -22,10 +21,12 @@ from dsv4_quant.checkpoint.manifest import (
 )
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.sidecars import carried_files, identity
+from dsv4_quant.conversion.arriving import digest_source, incoming_room
 from dsv4_quant.conversion.configs import CONFIG, INFERENCE_CONFIG, small_files
 from dsv4_quant.conversion.files import prefix_hashes
 from dsv4_quant.conversion.journal import FOLDER, Workspace
-from dsv4_quant.conversion.plan import Plan
+from dsv4_quant.conversion.moving import last_uses, peak_bytes
+from dsv4_quant.conversion.plan import Plan, cuts
 from dsv4_quant.errors import DiskSpaceError, ManifestError, NotANumberError, UsageError
 from dsv4_quant.progress import Progress
 
@@ -59,8 +60,12 @@ def check_empty(out: Path) -> None:
         )
 
 
-def disk_room(plan: Plan, out: Path, *, overwrite: bool = False) -> tuple[int, int]:
+def disk_room(
+    plan: Plan, out: Path, *, overwrite: bool = False, move: bool = False
+) -> tuple[int, int]:
     """Bytes that the output needs, and bytes free for it.
+
+    With ``move`` the source makes room as it is freed, if it is on the same disk.
 
     What an earlier run of this conversion left counts as free; what is replaced does not, because
     it stays until the new output is complete.
@@ -75,7 +80,13 @@ def disk_room(plan: Plan, out: Path, *, overwrite: bool = False) -> tuple[int, i
         ours += [out / name for name in (*carried, *made, *(file.name for file in plan.files))]
     free += sum(_allocated(path) for path in ours)
     small = sum(path.stat().st_size for path in carried.values())
-    return plan.bytes + small + 4 * SMALL_FILE_BYTES + STEP_BYTES * len(plan.steps), free
+    weights = plan.bytes
+    if move and place.stat().st_dev == plan.source.root.stat().st_dev:
+        headers = plan.source.folder.headers
+        sizes = {name: header.data_start + header.data_bytes for name, header in headers.items()}
+        weights = peak_bytes(cuts(plan), last_uses(plan), sizes)
+    weights += incoming_room(plan)
+    return weights + small + 4 * SMALL_FILE_BYTES + STEP_BYTES * len(plan.steps), free
 
 
 def _allocated(path: Path) -> int:
@@ -86,9 +97,9 @@ def _allocated(path: Path) -> int:
         return 0
 
 
-def check_room(plan: Plan, out: Path, *, overwrite: bool = False) -> None:
+def check_room(plan: Plan, out: Path, *, overwrite: bool = False, move: bool = False) -> None:
     """Raises DiskSpaceError when the output does not fit."""
-    need, free = disk_room(plan, out, overwrite=overwrite)
+    need, free = disk_room(plan, out, overwrite=overwrite, move=move)
     if need > free:
         raise DiskSpaceError(
             f"The output needs {need:,} bytes, {free:,} are free",
@@ -151,7 +162,7 @@ def finished(
     if not _is_whole(out, manifest) or not _comes_from(manifest, plan):
         return None
     try:
-        digests = digest_tensors(plan.source, workers=workers, progress=progress)
+        digests = digest_source(plan.source, out / FOLDER, workers=workers, progress=progress)
     except NotANumberError:
         return None
     said = {name: record.source or record.digest for name, record in manifest.tensors.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from dsv4_quant.hub.ids import UNWANTED, WANTED, explain, parse_id
 from dsv4_quant.progress import NoProgress, Progress
 
+
 def resolve(
     src: str | Path, *, progress: Progress | None = None, cache: Path | None = None
 ) -> Path:

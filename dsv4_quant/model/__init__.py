@@ -18,6 +18,7 @@ numbers      arithmetic  exact or deployed: what is rounded where
              panels      decoding a weight a few rows at a time
 machinery    batch       several prompts, prefill and decode
              weights     reading a layer's tensors in time
+             reading     bytes read against bytes needed, and who waited for whom
              observer    watching a pass
 
 Equal weights give bit-equal logits in ``exact``, whatever the format, layout, GPU count, number of
@@ -26,5 +27,6 @@ threads, number of prompts at once, or whether positions are prefilled or decode
 
 from dsv4_quant.model.forward import Result, forward
 from dsv4_quant.model.observer import Observer
+from dsv4_quant.model.reading import Reading
 
-__all__ = ["Observer", "Result", "forward"]
+__all__ = ["Observer", "Reading", "Result", "forward"]

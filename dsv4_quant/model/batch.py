@@ -59,6 +59,13 @@ class Batch:
         """A prompt's rows."""
         return slice(self._starts[prompt], self._starts[prompt] + self.lengths[prompt])
 
+    def parts(self, first: int, count: int) -> Iterator[tuple[int, int, slice]]:
+        """Whose the rows from ``first`` on are: prompt, position, and where among those rows."""
+        for prompt, start in enumerate(self._starts):
+            low, high = max(start, first), min(start + self.lengths[prompt], first + count)
+            if low < high:
+                yield prompt, low - start, slice(low - first, high - first)
+
     def chunks(self) -> Iterator[Chunk]:
         """Every position once, in an order in which each comes after all before it."""
         prefilled = [max(length - self._decode, 0) for length in self.lengths]

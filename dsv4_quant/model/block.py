@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from dsv4_quant.model.moe import Gate, Routing, routed_experts, shared_expert
 from dsv4_quant.model.observer import Observer, Part
 from dsv4_quant.model.rope import Rope
 from dsv4_quant.model.streams import HyperConnection
-from dsv4_quant.model.weights import Weights
+from dsv4_quant.model.weights import Wanted, Weights
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Setting:
     observer: Observer
 
 
-def run_block(h: Tensor, layer: int, weights: Weights, then: list[str], set_: Setting) -> Routing:
+def run_block(
+    h: Tensor, layer: int, weights: Weights, then: list[Wanted], set_: Setting
+) -> Routing:
     """Takes the streams ``[t, s, d]`` of all prompts through one layer, in place.
 
     Args:
@@ -68,7 +71,7 @@ def _attention(h: Tensor, layer: int, weights: Weights, set_: Setting) -> None:
         h[chunk.rows] = connection.write(before, attention(x, chunk, states), post, comb)
 
 
-def _experts(h: Tensor, layer: int, weights: Weights, then: list[str], set_: Setting) -> Routing:
+def _experts(h: Tensor, layer: int, weights: Weights, then: list[Wanted], set_: Setting) -> Routing:
     config, a = set_.config, set_.arithmetic
     gate = Gate(weights.under("ffn.gate."), layer, config, a)
     norm = weights.vector("ffn_norm.weight")  # [d]
@@ -85,9 +88,10 @@ def _experts(h: Tensor, layer: int, weights: Weights, then: list[str], set_: Set
 
     experts = weights.under("ffn.experts.")
     wanted = [f"{experts.prefix}{e}.{w}.weight" for e in routing.hit() for w in ("w1", "w2", "w3")]
-    weights.reader.announce(wanted + then)
+    weights.reader.announce([*wanted, *then])
     shared = shared_expert(x, weights.under("ffn.shared_experts."), a)
-    made = a.round(routed_experts(x, routing, experts, config, a) + shared)  # [t, d]
+    watch = partial(set_.observer.expert_inputs, layer)
+    made = a.round(routed_experts(x, routing, experts, config, a, watch) + shared)  # [t, d]
     for rows, (post, comb) in zip(_groups(len(h)), mixes, strict=True):
         h[rows] = connection.write(h[rows], made[rows], post, comb)
     return routing

@@ -28,6 +28,9 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By ``scoring_func``: ``[t, e]`` -> ``[t, e]``."""
 
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+"""``Observer.expert_inputs`` of one layer: expert, rows, given, hidden."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -79,7 +82,12 @@ def _expert_table(weights: Weights, config: ModelConfig) -> Tensor:
 
 
 def routed_experts(
-    x: Tensor, routing: Routing, weights: Weights, config: ModelConfig, a: Arithmetic
+    x: Tensor,
+    routing: Routing,
+    weights: Weights,
+    config: ModelConfig,
+    a: Arithmetic,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Sum of what each token's experts make of it: ``[t, d]`` -> ``[t, d]`` float32.
 
@@ -88,6 +96,7 @@ def routed_experts(
 
     Args:
         weights: the tensors under ``ffn.experts.``.
+        watch: is told what each expert's matrices are given.
     """
     out = torch.zeros_like(x)
     for expert in routing.hit():
@@ -96,8 +105,10 @@ def routed_experts(
         given = x[rows]  # [t', d]
         gate = a.linear(given, w1).clamp_max(config.swiglu_limit)  # [t', f]
         up = a.linear(given, w3).clamp(-config.swiglu_limit, config.swiglu_limit)
-        hidden = silu(gate) * up * routing.weights[rows, slots, None]
-        made = a.linear(a.round(hidden), w2)  # [t', d]
+        hidden = a.round(silu(gate) * up * routing.weights[rows, slots, None])
+        made = a.linear(hidden, w2)  # [t', d]
+        if watch is not None:
+            watch(expert, rows, given, hidden)
         for slot in sorted(set(slots.tolist())):  # a table may name an expert twice for one token
             out[rows[slots == slot]] += made[slots == slot]
     return out

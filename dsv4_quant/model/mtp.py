@@ -14,7 +14,6 @@ from dsv4_quant.config import ModelConfig
 from dsv4_quant.errors import UsageError
 from dsv4_quant.model.arithmetic import Arithmetic
 from dsv4_quant.model.functions import rms_norm
-from dsv4_quant.model.head import embed
 from dsv4_quant.model.weights import Weights
 
 
@@ -35,20 +34,20 @@ def check_mtp(config: ModelConfig) -> None:
 
 
 def mtp_streams(
-    h: Tensor, tokens: Tensor, weights: Weights, config: ModelConfig, a: Arithmetic
+    h: Tensor, embedded: Tensor, weights: Weights, config: ModelConfig, a: Arithmetic
 ) -> Tensor:
     """The block's input: ``e_proj(enorm(embed))``, added to every ``h_proj(hnorm(stream))``.
 
     Args:
         h: the model's last streams ``[t, s, d]``.
-        tokens: ids ``[t]``.
+        embedded: the tokens' embeddings ``[t, d]``.
         weights: the tensors under ``mtp.0.``.
 
     Returns:
         ``[t, s, d]``.
     """
     eps = config.rms_norm_eps
-    e = a.round(rms_norm(embed(tokens, weights.reader), weights.vector("enorm.weight"), eps))
+    e = a.round(rms_norm(embedded, weights.vector("enorm.weight"), eps))
     e = a.linear(e, weights.matrix("e_proj.weight"))  # [t, d]
     h = a.round(rms_norm(h, weights.vector("hnorm.weight"), eps))  # [t, s, d]
     h = a.linear(h, weights.matrix("h_proj.weight"))

@@ -21,5 +21,23 @@ class Observer:
     def routed(self, layer: int, prompt: int, experts: Tensor) -> None:
         """The experts ``[t, k]`` that a prompt's tokens go to."""
 
+    def expert_inputs(
+        self, layer: int, expert: int, rows: Tensor, given: Tensor, hidden: Tensor
+    ) -> None:
+        """What one expert's matrices are given: w1 and w3 ``[t, d]``, w2 ``[t, f]``.
+
+        rows ``[t]``: which token each comes from, counted through all prompts one after the other;
+        in no order.
+        """
+
+    def logits(self, prompt: int, first: int, rows: Tensor, *, mtp: bool) -> None:
+        """Logits ``[t, v]`` of a prompt's positions from ``first`` on; ``mtp``: of the MTP block.
+
+        A prompt's come in the order of its positions.
+        """
+
+    def read(self, count: int) -> None:
+        """So many bytes of weights were read since the pass began; told before ``finished``."""
+
     def finished(self, done: int, total: int) -> None:
-        """``done`` of ``total`` steps are behind; a step is a layer, the head or the MTP block."""
+        """``done`` of ``total`` steps are behind; a step is a layer, the MTP block or the head."""

@@ -10,19 +10,21 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.config import ModelConfig
-from dsv4_quant.formats.blocks import BITS
 from dsv4_quant.formats.blocks import Tensor as Weight
+from dsv4_quant.model.reading import Meter, stored_bytes
 
 AHEAD_BYTES = 192 << 20
 """Bytes that may be read before they are asked for."""
+
+READERS = 2
+"""Threads that read: the disk has its next task while one of them hands over."""
 
 
 class Source(Protocol):
@@ -39,44 +41,71 @@ class Source(Protocol):
     def read_rows(self, name: str, start: int, stop: int) -> Weight: ...
 
 
-class Reader:
-    """Reads tensors by name, and beforehand those that were announced; a context manager.
+class Rows(NamedTuple):
+    """Some rows of a matrix, in the place of the whole."""
 
-    It is used from one thread; the reads themselves run on another.
+    name: str
+    start: int
+    stop: int
+
+
+Wanted = str | Rows
+"""A tensor's name, or some of its rows."""
+
+
+class Reader:
+    """Reads tensors, and beforehand those that were announced; a context manager.
+
+    It is used from one thread; what was announced is read on others.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._pool = ThreadPoolExecutor(1, "reader")
-        self._announced: deque[str] = deque()
-        self._reading: dict[str, Future[Weight]] = {}
+        self.meter = Meter()
+        self._pool = ThreadPoolExecutor(READERS, "reader")
+        self._announced: deque[Wanted] = deque()
+        self._reading: dict[Wanted, Future[Weight]] = {}
         self._held = 0
 
-    def announce(self, names: Iterable[str]) -> None:
+    def announce(self, wanted: Iterable[Wanted]) -> None:
         """These will be asked for, once each and about in this order; reading them starts now."""
-        self._announced.extend(names)
+        self._announced.extend(wanted)
         self._start()
 
-    def read(self, name: str) -> Weight:
-        """A whole tensor; waits for it if it is on its way."""
-        if name not in self._reading:
-            if name in self._announced:
-                self._announced.remove(name)
-            return self.source.read(name)
-        weight = self._reading.pop(name).result()
-        self._held -= self._bytes(name)
+    def read(self, wanted: Wanted) -> Weight:
+        """A whole tensor or some rows; waits for it if it is on its way."""
+        with self.meter.waiting():
+            if wanted in self._reading:
+                weight = self._reading.pop(wanted).result()
+                self._held -= self._size(wanted)
+            else:
+                if wanted in self._announced:
+                    self._announced.remove(wanted)
+                weight = self._fetch(wanted)
         self._start()
         return weight
 
     def _start(self) -> None:
         while self._announced and self._held < AHEAD_BYTES:
-            name = self._announced.popleft()
-            self._reading[name] = self._pool.submit(self.source.read, name)
-            self._held += self._bytes(name)
+            wanted = self._announced.popleft()
+            self._reading[wanted] = self._pool.submit(self._fetch, wanted)
+            self._held += self._size(wanted)
 
-    def _bytes(self, name: str) -> int:
-        spec = self.source.specs[name]
-        return prod(spec.shape) * BITS[spec.format.kind] // 8
+    def _fetch(self, wanted: Wanted) -> Weight:
+        with self.meter.reading():
+            weight = (
+                self.source.read_rows(*wanted)
+                if isinstance(wanted, Rows)
+                else self.source.read(wanted)
+            )
+        self.meter.add(weight.nbytes)
+        return weight
+
+    def _size(self, wanted: Wanted) -> int:
+        if not isinstance(wanted, Rows):
+            return stored_bytes(self.source.specs[wanted])
+        spec = self.source.specs[wanted.name]
+        return stored_bytes(spec) * (wanted.stop - wanted.start) // spec.shape[0]
 
     def __enter__(self) -> Reader:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 from dsv4_quant.reports.figures import short
@@ -11,6 +12,7 @@ from dsv4_quant.reports.scales import Axis, ticks
 
 LEFT, WIDTH, HEIGHT, HEAD, FOOT = 58, 980, 150, 22, 36
 WIDEST = 42
+NARROWEST = 240
 UNEVEN = 100
 """From this ratio of the most to the fewest on, the axis is logarithmic."""
 
@@ -33,8 +35,8 @@ def histogram(exponents: Counter[int], name: str) -> Markup:
     low, high, most = min(held), max(held), max(held.values())
     is_log = most >= UNEVEN * min(held.values())
     step = min(WIDTH / (high - low + 1), WIDEST)
-    start = LEFT + (WIDTH - step * (high - low + 1)) / 2
-    parts = [*_counts(most, is_log=is_log)]
+    start, width = LEFT, step * (high - low + 1)
+    parts = [*_counts(most, width, is_log=is_log)]
     for s, count in held.items():
         tall = _tall(count, most, is_log=is_log)
         x = start + (s - low) * step
@@ -51,18 +53,17 @@ def histogram(exponents: Counter[int], name: str) -> Markup:
         x = start + (s - low + 0.5) * step
         parts.append(tag("text", str(s), x=x, y=HEAD + HEIGHT + 13, class_="centre"))
     parts.append(
-        tag("text", "s, the exponent of the scale 2^s", x=LEFT + WIDTH / 2,
-            y=HEAD + HEIGHT + 30, class_="centre soft")
+        tag("text", "s, the exponent of the scale 2^s", x=LEFT, y=HEAD + HEIGHT + 30,
+            class_="soft")
     )  # fmt: skip
     kind = "logarithmic" if is_log else "linear"
     common = max(held, key=lambda s: (held[s], -s))
     said = (f"Histogram of scale exponents, {name}: from {low} to {high}, most blocks at {common};"
             f" {kind} axis")  # fmt: skip
-    svg = tag("svg", *parts, viewBox=f"0 0 {LEFT + WIDTH + 10} {HEAD + HEIGHT + FOOT}",
-              role="img", aria_label=said)  # fmt: skip
-    return join(
-        tag("h3", f"{name}, {kind} axis"), tag("div", svg, class_="wide"), _table(held)
-    )
+    edge = max(math.ceil(LEFT + width + 10), NARROWEST)
+    svg = tag("svg", *parts, viewBox=f"0 0 {edge} {HEAD + HEIGHT + FOOT}", width=edge,
+              class_="histogram", role="img", aria_label=said)  # fmt: skip
+    return join(tag("h3", f"{name}, {kind} axis"), svg, _table(held))
 
 
 def _tall(count: float, most: int, *, is_log: bool) -> float:
@@ -71,18 +72,23 @@ def _tall(count: float, most: int, *, is_log: bool) -> float:
     return Axis(math.log10(HALF), math.log10(most), HEIGHT).at(math.log10(count))
 
 
-def _counts(most: int, *, is_log: bool) -> list[Markup]:
+def _counts(most: int, width: float, *, is_log: bool) -> list[Markup]:
     marks = [10**i for i in range(len(str(most)))] if is_log else ticks(0, most, 4)
     marks = marks[:: -(-len(marks) // 6)]
     parts = []
     for count in marks:
         y = HEAD + HEIGHT - (_tall(count, most, is_log=is_log) if count else 0)
         parts += [
-            tag("line", x1=LEFT, x2=LEFT + WIDTH, y1=y, y2=y, class_="grid"),
-            tag("text", short(count), x=LEFT - 6, y=y, class_="end mid"),
+            tag("line", x1=LEFT, x2=LEFT + width, y1=y, y2=y, class_="grid"),
+            tag("text", _bare(short(count)), x=LEFT - 6, y=y, class_="end mid"),
         ]
     title = tag("text", "blocks", x=LEFT - 6, y=HEAD - 10, class_="end soft")
     return [*parts, title]
+
+
+def _bare(count: str) -> str:
+    """``1M`` of ``1.00M``."""
+    return re.sub(r"\.0+(?=\D)", "", count)
 
 
 def _table(held: dict[int, int]) -> Markup:

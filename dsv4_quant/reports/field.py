@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4_quant.formats.cost import Cost, total
-from dsv4_quant.reports.requantised import Requantised, by_layer
+from dsv4_quant.reports.recast import Recast, by_layer
 
 ALL = "all"
 """The view in which an expert's matrices are one: their squares added."""
@@ -20,7 +21,8 @@ class Field:
     layers: tuple[str, ...]
     experts: int
     views: dict[str, list[list[Cost | None]]]
-    """``[l][e]`` by matrix, :data:`ALL` first; None where nothing was requantised."""
+    """``[l][e]`` by matrix, :data:`ALL` first; None where nothing was requantised. Without the
+    scale exponents."""
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -28,7 +30,7 @@ class Field:
         return tuple(name for name in self.views if name != ALL)
 
 
-def make_field(rows: Sequence[Requantised]) -> Field:
+def make_field(rows: Sequence[Recast]) -> Field:
     """Of the rows that are experts' weights."""
     held = [row for row in rows if row.spec.expert is not None]
     layers = tuple(by_layer(held))
@@ -40,7 +42,8 @@ def make_field(rows: Sequence[Requantised]) -> Field:
     }
     for row in held:
         assert row.spec.expert is not None
-        views[row.within][number[row.layer]][row.spec.expert] = row.cost
+        bare = replace(row.cost, exponents=Counter())  # to add these up is most of the time
+        views[row.within][number[row.layer]][row.spec.expert] = bare
     for i in range(len(layers)):
         for expert in range(experts):
             costs = [c for name in matrices if (c := views[name][i][expert]) is not None]
@@ -52,12 +55,14 @@ def data(field: Field) -> dict[str, object]:
     """The figures of every cell, rounded, for the page's script.
 
     sqnr in hundredths of a dB, ``exact`` for infinite; largest error with three digits; exact: per
-    cent of the blocks with two decimals. null where there is no weight.
+    cent of the blocks, likewise. null where there is no weight.
     """
     cells = {
         name: {
             "sqnr": [[c and _hundredths(c.sqnr) for c in row] for row in field.views[name]],
-            "largest": [[c and _rounded(c.largest_error) for c in row] for row in field.views[name]],
+            "largest": [
+                [c and _rounded(c.largest_error) for c in row] for row in field.views[name]
+            ],
             "saturated": [[c and c.saturated for c in row] for row in field.views[name]],
             "flushed": [[c and c.flushed for c in row] for row in field.views[name]],
             "exact": [[c and _share(c.exact_share) for c in row] for row in field.views[name]],
@@ -81,5 +86,8 @@ def _rounded(value: float) -> float | str:
 
 
 def _share(share: float) -> float:
-    value = round(100 * share, 2)
+    """Per cent with three digits, and 100 only of all."""
+    value = float(f"{100 * share:.3g}")
+    if share < 1:
+        value = min(value, 99.9)
     return int(value) if value == int(value) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsv4_quant.reports.colours import PALETTE, hexadecimal, index, ink
 from dsv4_quant.reports.figures import decibels
 from dsv4_quant.reports.markup import Markup, figure, join, tag
-from dsv4_quant.reports.requantised import Requantised, Rows, by_layer, grouped
+from dsv4_quant.reports.recast import Recast, Rows, by_layer, grouped
 
 
 def grid(rows: Rows) -> Markup:
@@ -22,7 +22,7 @@ def grid(rows: Rows) -> Markup:
     )
 
 
-def _cell(row: Requantised | None) -> Markup:
+def _cell(row: Recast | None) -> Markup:
     if row is None:
         return tag("td")
     back = PALETTE[index(row.cost.sqnr)]
@@ -35,4 +35,4 @@ def _cell(row: Requantised | None) -> Markup:
 
 def _breakable(name: str) -> Markup:
     first, *rest = name.split(".")
-    return join(first, *(part for piece in rest for part in (".", Markup("<wbr>"), piece)))
+    return join(first, *(part for piece in rest for part in (".", tag("wbr"), piece)))

@@ -18,7 +18,7 @@ from dsv4_quant.reports.figures import decibels
 from dsv4_quant.reports.legend import legend
 from dsv4_quant.reports.markup import Markup, join, tag
 from dsv4_quant.reports.png import address, png
-from dsv4_quant.reports.requantised import APART
+from dsv4_quant.reports.recast import APART
 from dsv4_quant.reports.scales import Axis, ticks
 
 LEFT, WIDTH, GAP, SPREAD, RIGHT = 58, 690, 26, 190, 96
@@ -42,9 +42,7 @@ class _Row:
 
 def heatmap(field: Field) -> Markup:
     """The views with their switch, the legend and the figures."""
-    known = [
-        c.sqnr for view in field.views.values() for row in view for c in row if c is not None
-    ]
+    known = [c.sqnr for view in field.views.values() for row in view for c in row if c is not None]
     finite = [sqnr for sqnr in known if math.isfinite(sqnr)] or [0.0]
     axis = Axis(5 * math.floor(min(finite) / 5), 5 * math.ceil(max(finite) / 5 + 0.01), SPREAD)
     switches, maps = [], []
@@ -74,7 +72,7 @@ def _row(layer: str, costs: Costs) -> _Row:
 
 
 def _map(rows: Sequence[_Row], experts: int, axis: Axis, label: str) -> Markup:
-    height = min(max(round(600 / len(rows)), 11), 26)
+    height = min(max(round(600 / len(rows)), 12), 26)
     tall, wide = height * len(rows), LEFT + WIDTH + GAP + SPREAD + RIGHT
     cells = png([bytes(index(sqnr) for sqnr in row.cells) for row in rows], PALETTE)
     lowest = min((min(row.finite.values()) for row in rows if row.finite), default=math.inf)
@@ -100,7 +98,7 @@ def _map(rows: Sequence[_Row], experts: int, axis: Axis, label: str) -> Markup:
 
 
 def _left(row: _Row, y: float, height: int) -> Markup:
-    return tag("text", row.layer, x=LEFT - 6, y=y + height / 2, class_="end mid")
+    return tag("text", row.layer, x=LEFT - 6, y=y + height / 2, class_="end mid row")
 
 
 def _written(rows: Sequence[_Row], experts: int, height: int) -> list[Markup]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsv4_quant.reports.colours import EXACT, FIRST, PALETTE, TOP, hexadecimal
 from dsv4_quant.reports.markup import Markup, tag
 from dsv4_quant.reports.png import address, png
-from dsv4_quant.reports.requantised import NORMAL
+from dsv4_quant.reports.recast import NORMAL
 from dsv4_quant.reports.scales import Axis
 
 WIDTH, TALL, TOP_ROOM, SIDE = 520, 14, 16, 14

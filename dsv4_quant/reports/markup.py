@@ -11,7 +11,7 @@ class Markup(str):
     __slots__ = ()
 
 
-VOID = frozenset(("meta", "input", "br"))
+VOID = frozenset(("meta", "input", "wbr"))
 
 
 def tag(element: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
@@ -33,8 +33,7 @@ def join(*children: str | Markup) -> Markup:
     """One after the other."""
     return Markup(
         "".join(
-            child if isinstance(child, Markup) else escape(child, quote=False)
-            for child in children
+            child if isinstance(child, Markup) else escape(child, quote=False) for child in children
         )
     )
 

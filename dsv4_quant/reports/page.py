@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -16,7 +17,7 @@ from dsv4_quant.reports.grid import grid
 from dsv4_quant.reports.heatmap import heatmap
 from dsv4_quant.reports.hover import HOVER
 from dsv4_quant.reports.markup import Markup, join, tag
-from dsv4_quant.reports.requantised import Requantised, Rows, by_layer, casts, grouped
+from dsv4_quant.reports.recast import Recast, Rows, by_layer, casts, grouped
 from dsv4_quant.reports.sections import facts, findings, numbers, prompts
 from dsv4_quant.reports.style import STYLE
 from dsv4_quant.reports.tables import layer_table, role_table, worst_table
@@ -30,8 +31,8 @@ DEFINITIONS = {
     " squares: 10 to the power of −SQNR/20.",
     "saturated": "values beyond the largest code times the block's scale; they became that largest"
     " value. Least-squares scales do this where it makes the block's error less.",
-    "flushed": "values that were not zero and became zero: less than half of the smallest code"
-    " times the block's scale.",
+    "flushed": "values that were not zero and became zero: at most half of the smallest code times"
+    " the block's scale.",
     "exact blocks": "blocks of which no value changed.",
 }
 
@@ -53,13 +54,21 @@ class Run:
     tool: str = f"dsv4-quant {__version__}"
 
 
-def page(rows: Sequence[Requantised], run: Run, judged: Closeness | None = None) -> str:
+def page(
+    rows: Sequence[Recast],
+    run: Run,
+    judged: Closeness | None = None,
+    *,
+    exponents: Counter[int] | None = None,
+) -> str:
     """The whole page.
 
     Args:
         rows: every weight that is stored otherwise than before, in any order; at least one.
         run: for the heading.
         judged: a fingerprint comparison of the output, if there is one.
+        exponents: the model's blocks by scale exponent, for rows that do not know their own (a
+            manifest holds them per layer).
     """
     ordered = [row for held in by_layer(sorted(rows, key=_place)).values() for row in held]
     title = f"Requantised: {run.output}"
@@ -69,12 +78,13 @@ def page(rows: Sequence[Requantised], run: Run, judged: Closeness | None = None)
         facts(_facts(ordered, run)),
         findings(ordered, judged),
         numbers(ordered),
-        *_pictures(ordered),
-        _section("Error by role", role_table(ordered)),
+        *_experts(ordered),
         _section(f"The worst {WORST} weights", worst_table(ordered, WORST)),
-        _section("Scale exponents", *_exponents(ordered)),
+        _section("Error by role", role_table(ordered)),
+        _section("Scale exponents", *_exponents(ordered, exponents)),
         *([_section("Fingerprint comparison", prompts(judged))] if judged else []),
         _section("By layer", layer_table(ordered)),
+        *_others(ordered),
         _section("What the words mean", facts(DEFINITIONS)),
         tag("footer", f"{run.tool}. Numbers are rounded for reading; the tables' data elements hold"
             " them in full. Cells of the heat map: 0.01 dB, three digits of the largest error."),
@@ -88,7 +98,7 @@ def page(rows: Sequence[Requantised], run: Run, judged: Closeness | None = None)
     return f"<!doctype html>\n{tag('html', head, tag('body', body, script), lang='en')}\n"
 
 
-def _place(row: Requantised) -> tuple[int, str, str]:
+def _place(row: Recast) -> tuple[int, str, str]:
     return -1 if row.spec.expert is None else row.spec.expert, row.within, row.name
 
 
@@ -110,32 +120,30 @@ def _section(title: str, *content: Markup) -> Markup:
     return tag("section", tag("h2", title), *content)
 
 
-def _pictures(rows: Rows) -> list[Markup]:
-    experts = [row for row in rows if row.spec.expert is not None]
-    others = [row for row in rows if row.spec.expert is None]
-    made = []
-    if experts:
-        made.append(_section("SQNR by layer and expert", heatmap(make_field(experts))))
-    if others:
-        made.append(_section("SQNR of the other weights, dB", grid(others)))
-    return made
+def _experts(rows: Rows) -> list[Markup]:
+    held = [row for row in rows if row.spec.expert is not None]
+    return [_section("SQNR by layer and expert", heatmap(make_field(held)))] if held else []
 
 
-def _exponents(rows: Rows) -> list[Markup]:
-    found = []
-    for name, held in grouped(rows, lambda row: str(row.after)).items():
-        exponents = total(row.cost for row in held).exponents
-        if exponents:
-            found.append(histogram(exponents, name))
+def _others(rows: Rows) -> list[Markup]:
+    held = [row for row in rows if row.spec.expert is None]
+    return [_section("SQNR of the weights that are no experts, dB", grid(held))] if held else []
+
+
+def _exponents(rows: Rows, given: Counter[int] | None) -> list[Markup]:
+    groups = grouped(rows, lambda row: str(row.after))
+    found = {name: total(row.cost for row in held).exponents for name, held in groups.items()}
+    if given and not any(found.values()):
+        found = {"all formats": given}
+    made = [histogram(exponents, name) for name, exponents in found.items() if exponents]
     note = "Blocks of zeros: s = −126 in FP4, −22 in FP8. A scale byte holds −127 to 127."
-    return [*found, tag("p", note if found else "No format here has scales.", class_="soft")]
+    return [*made, tag("p", note if made else "Not known.", class_="soft")]
 
 
 def _policy() -> Markup:
     """Lets the page's own script run, and nothing else; nothing is fetched."""
     known = b64encode(sha256(HOVER.encode()).digest()).decode()
     rule = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
-        f" script-src 'sha256-{known}'"
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{known}'"
     )
     return join(tag("meta", http_equiv="Content-Security-Policy", content=rule))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsv4_quant.formats.cost import Cost
+from dsv4_quant.reports.bars import bar
 from dsv4_quant.reports.closeness import Closeness
 from dsv4_quant.reports.figures import decibels, magnitude, part, percent, relative_error, size
 from dsv4_quant.reports.markup import Markup, figure, join, tag
-from dsv4_quant.reports.requantised import APART, NORMAL, Rows, apart, casts, model, sizes
+from dsv4_quant.reports.recast import APART, NORMAL, Rows, apart, casts, model, sizes
 from dsv4_quant.reports.tables import table
 
 FEW = 3
@@ -69,7 +70,7 @@ def _judged(judged: Closeness | None) -> tuple[str, Markup]:
         return "open", join(
             tag("strong", "What the model says was not compared."), " ",
             tag("code", "dsv4-quant verify OUT --fingerprint F.json"),
-            " does that: the error of weights bounds no error of words.",
+            " does that: errors of weights alone do not tell what the model lost.",
         )  # fmt: skip
     if judged.holds:
         return "good", join(tag("strong", f"The {judged.gate} gate holds"), ": ", measured(judged))
@@ -106,7 +107,8 @@ def numbers(rows: Rows) -> Markup:
          f"of {magnitude(cost.value_squares)}"),
         ("largest error", figure(cost.largest_error, magnitude(cost.largest_error)),
          "of any value"),
-        ("saturated", figure(cost.saturated, f"{cost.saturated:,}"), _of_values(cost, cost.saturated)),
+        ("saturated", figure(cost.saturated, f"{cost.saturated:,}"),
+         _of_values(cost, cost.saturated)),
         ("flushed", figure(cost.flushed, f"{cost.flushed:,}"), _of_values(cost, cost.flushed)),
         ("exact blocks", figure(cost.exact_share, percent(cost.exact_share)),
          f"of {cost.blocks:,}"),
@@ -128,22 +130,23 @@ def _of_values(cost: Cost, count: int) -> str:
 
 def prompts(judged: Closeness) -> Markup:
     """The comparison in full."""
-    body = []
+    body, most = [], max((prompt.kl or 0.0 for prompt in judged.prompts), default=0.0)
     for i, prompt in enumerate(judged.prompts):
-        kls = [
+        mean, highest = (
             tag("td", "" if kl is None else figure(kl, magnitude(kl)), class_="number")
             for kl in (prompt.kl, prompt.worst_kl)
-        ]
+        )
+        length = tag("td", bar(prompt.kl or 0.0, most), class_="barred")
         same = f"{prompt.same} of {prompt.clear}"
         body.append(
             tag(
                 "tr", tag("th", str(i), scope="row"), tag("td", str(prompt.spots), class_="number"),
-                *kls, tag("td", same, class_="number"),
+                length, mean, highest, tag("td", same, class_="number"),
             )
         )  # fmt: skip
-    head = ("prompt", "spots", "mean KL, nats", "highest KL", "likeliest token the same")
+    head = ("prompt", "spots", "mean KL, nats", "", "highest KL", "likeliest token the same")
     return join(
-        tag("p", f"Gate {judged.gate}: {judged.why}. ", measured(judged)),
+        tag("p", f"Gate {judged.gate} ({judged.why}): ", measured(judged)),
         *(tag("p", f"Not met: {demand}.") for demand in judged.broken),
         table(head, body, "names"),
         tag("p", "KL divergence of the next-token distributions at the spots that the fingerprint"

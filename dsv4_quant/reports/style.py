@@ -43,6 +43,7 @@ svg { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill:
   font-variant-numeric: tabular-nums; }
 svg image { image-rendering: pixelated; }
 svg .end { text-anchor: end; }
+svg .row { font-size: 10px; }
 svg .centre { text-anchor: middle; }
 svg .mid { dominant-baseline: central; }
 svg .soft { fill: var(--soft); font-size: 11px; }
@@ -54,6 +55,7 @@ svg .bar { fill: var(--bar); }
 svg .field { fill: transparent; stroke: var(--line); outline-offset: 2px; }
 svg .cursor { fill: none; stroke: var(--ink); stroke-width: 2; pointer-events: none; }
 .legend { display: block; width: 100%; max-width: 680px; height: auto; margin: 6px 0 0 44px; }
+.histogram { display: block; max-width: 100%; height: auto; }
 svg.inline { display: block; width: 100%; height: 12px; }
 .views > input { margin: 0 4px 8px 0; vertical-align: -1px; }
 .views > label { margin-right: 16px; font-size: 0.9rem; }

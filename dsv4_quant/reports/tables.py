@@ -14,7 +14,7 @@ from dsv4_quant.reports.figures import (
     relative_error,
 )
 from dsv4_quant.reports.markup import Markup, figure, tag
-from dsv4_quant.reports.requantised import Requantised, Rows, by_layer, by_role, sums, worst
+from dsv4_quant.reports.recast import Recast, Rows, by_layer, by_role, sums, worst
 
 FIGURES = ("SQNR dB", "rms error", "largest error", "saturated", "flushed", "exact blocks")
 
@@ -106,5 +106,5 @@ def layer_table(rows: Rows) -> Markup:
     return table(("layer", "weights", *FIGURES, "worst weight", "its SQNR dB"), body, "names")
 
 
-def _within(row: Requantised) -> str:
+def _within(row: Recast) -> str:
     return row.within if row.spec.expert is None else f"expert {row.spec.expert} {row.within}"

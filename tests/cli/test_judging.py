@@ -159,3 +159,8 @@ def test_manifest_is_not_replaced_unasked(root: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout.rstrip().endswith("dsv4-manifest.json and SHA256SUMS pin 5 files.")
     assert (root / "dsv4-manifest.json").read_bytes() == before
+    said = json.loads(
+        run("manifest", root, "--overwrite", "--sums", "blake3", "--json", "-").stdout
+    )
+    assert said["written"] == ["dsv4-manifest.json", "B3SUMS"]
+    assert run("verify", root, "--level", "checksums").exit_code == 0

@@ -48,6 +48,7 @@ class Faults:
         self.lock = threading.RLock()
         self.unsynced: dict[str, list[tuple[int, int]]] = {}
         self.renames: list[tuple[str, str, str | None]] = []
+        self.synced: dict[str, int] = {}
         self.real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CALLS}
 
     def __enter__(self) -> Faults:
@@ -96,6 +97,10 @@ class Faults:
     def after(self, name: str, args: tuple[Any, ...]) -> None:
         if name == "fdatasync":
             self.unsynced.pop(f"syncing {threading.get_ident()}", None)
+        if name == "fsync" and Path(path_of(args[0])).is_file():  # appended to, it keeps so much
+            self.synced[path_of(args[0])] = os.fstat(args[0]).st_size
+        if name == "replace" and str(args[0]) in self.synced:
+            self.synced[str(args[1])] = self.synced.pop(str(args[0]))
         if name == "fsync" and Path(path_of(args[0])).is_dir():
             folder = path_of(args[0])
             self.renames = [r for r in self.renames if str(Path(r[1]).parent) != folder]
@@ -136,7 +141,7 @@ class Faults:
                         file.write(bytes(length) if fate == "zeros" else chance.randbytes(length))
         if name == "fsync" and Path(path_of(args[0])).is_file():
             path = path_of(args[0])
-            os.truncate(path, chance.randrange(Path(path).stat().st_size + 1))
+            os.truncate(path, chance.randint(self.synced.get(path, 0), Path(path).stat().st_size))
         for _ in range(chance.randrange(len(self.renames) + 1)):
             source, target, backup = self.renames.pop()
             Path(source).parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +167,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
                 Request(*job["request"]),
                 workers=2,
                 overwrite=job.get("overwrite", False),
+                move=job.get("move", False),
             )
             outcome: dict[str, Any] = {"resumed": report.resumed_bytes, "bytes": report.bytes}
         except (Dsv4Error, KeyboardInterrupt) as error:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
+from dsv4_quant.checkpoint.sums import HashKind
 from dsv4_quant.conversion import operations, run, stream
 from dsv4_quant.conversion.budget import Budget
-from dsv4_quant.conversion.files import OutputFile
+from dsv4_quant.conversion.files import OutputFile, prefix_hashes
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import convert
 from dsv4_quant.errors import WriteError
@@ -153,9 +155,12 @@ def test_the_order_of_threads_changes_nothing(
 
 
 class TestOutputFile:
-    def test_hashes_in_order_whatever_the_order_of_writes(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["sha256", "blake3"])
+    def test_hashes_in_order_whatever_the_order_of_writes(
+        self, kind: HashKind, tmp_path: Path
+    ) -> None:
         data = os.urandom(1000)
-        file = OutputFile(tmp_path / "file", 1000, [300, 700])
+        file = OutputFile(tmp_path / "file", 1000, [300, 700], kind=kind)
         advanced = [
             file.write(start, memoryview(data[start:stop]))
             for start, stop in ((700, 1000), (0, 300), (500, 700), (300, 500))
@@ -163,9 +168,11 @@ class TestOutputFile:
         assert advanced == [0, 300, 0, 700]
         file.close()
         assert (tmp_path / "file").read_bytes() == data
-        assert file.marked == {
-            mark: hashlib.sha256(data[:mark]).hexdigest() for mark in (300, 700, 1000)
-        }
+        hashed = hashlib.sha256 if kind == "sha256" else blake3
+        expected = {mark: hashed(data[:mark]).hexdigest() for mark in (300, 700, 1000)}
+        assert file.marked == expected
+        prefixes = prefix_hashes(tmp_path / "file", [700, 300, 1000, 2000], kind)
+        assert {mark: held.hexdigest() for mark, held in prefixes.items()} == expected
 
     def test_a_mark_is_there_before_it_is_announced(self, tmp_path: Path) -> None:
         """The journal's thread looks at ``hashed`` at any time, and then takes the mark."""
@@ -183,7 +190,7 @@ class TestOutputFile:
             def hexdigest(self) -> str:
                 return "x"
 
-        file._sha = Hash()
+        file._sum = Hash()
         file.write(0, memoryview(b"1234"))
         file.write(4, memoryview(b"5678"))
         file.close()

@@ -15,7 +15,7 @@ from dsv4_quant.fingerprints.compare import Apart, Comparison
 from dsv4_quant.formats.blocks import BF16, FP4, Format, fp8
 from dsv4_quant.formats.cost import Cost
 from dsv4_quant.reports.page import Run
-from dsv4_quant.reports.requantised import Requantised
+from dsv4_quant.reports.recast import Recast
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FP8 = fp8((128, 128))
@@ -66,12 +66,14 @@ def cost(
 
 def rows(
     found: Catalogue, *, before: Format = FP8, dense: Format | None = None, bad: int = 3
-) -> list[Requantised]:
+) -> list[Recast]:
     """Experts that became FP4, and other quantised weights that became FP8 if they are given."""
     rng = np.random.default_rng(7)
     specs = [s for s in found.specs.values() if s.kind != "fixed"]
     experts = [spec for spec in specs if spec.expert is not None]
-    chosen = {experts[i].name for i in rng.choice(len(experts), bad, replace=False)} if bad else set()
+    chosen = (
+        {experts[i].name for i in rng.choice(len(experts), bad, replace=False)} if bad else set()
+    )
     shifts = rng.normal(0, 0.25, len(found.config.compress_ratios) + 1)
     made = []
     for spec in specs:
@@ -79,11 +81,11 @@ def rows(
         if spec.expert is not None:
             sqnr = 18.8 + shift - 0.4 * (".w2." in spec.name) + float(rng.normal(0, 0.15))
             sqnr -= float(rng.uniform(4, 12)) * (spec.name in chosen)
-            made.append(Requantised(spec, before, cost(rng, spec, sqnr)))
+            made.append(Recast(spec, before, cost(rng, spec, sqnr)))
         elif dense is not None:
             is_exact = rng.random() < 0.05
             sqnr = math.inf if is_exact else 31.4 + shift + float(rng.normal(0, 0.1))
-            made.append(Requantised(spec, dense, cost(rng, spec, sqnr, saturated=0)))
+            made.append(Recast(spec, dense, cost(rng, spec, sqnr, saturated=0)))
     return made
 
 
@@ -98,6 +100,6 @@ def comparison(kl: float = 0.03) -> Comparison:
     return Comparison(tuple(spots), ())
 
 
-def tiny(*, before: Format = FP8, dense: Format | None = BF16) -> list[Requantised]:
+def tiny(*, before: Format = FP8, dense: Format | None = BF16) -> list[Recast]:
     """Six layers of eight experts, and an MTP block."""
     return rows(catalogue(6, 8), before=before, dense=dense, bad=2)

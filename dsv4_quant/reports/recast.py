@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,14 +19,14 @@ NORMAL: dict[Kind, float] = {"fp4": 19.0, "fp8": 31.5, "bf16": 55.6}
 """SQNR in dB of normally distributed values: what a format gives without any luck.
 
 FP4 in blocks of 32 with least-squares scales (max-based: 18.7), FP8 in any block, BF16. Measured;
-tests/reports/test_requantised.py repeats it.
+tests/reports/test_recast.py repeats it.
 """
 
 TOP_LEVEL = "top level"
 
 
 @dataclass(frozen=True, slots=True)
-class Requantised:
+class Recast:
     """One weight."""
 
     spec: TensorSpec
@@ -67,10 +68,21 @@ class Requantised:
         return f"{mtp}experts {self.within}"
 
 
-Rows = Sequence[Requantised]
+Rows = Sequence[Recast]
 
 
-def model(rows: Iterable[Requantised]) -> Cost:
+def recasts(
+    before: Mapping[str, TensorSpec], after: Mapping[str, TensorSpec], costs: Mapping[str, Cost]
+) -> list[Recast]:
+    """The weights that have a cost, from the catalogues of the source and of the output."""
+    return [
+        Recast(spec, before[name].format, costs[name])
+        for name, spec in after.items()
+        if name in costs
+    ]
+
+
+def model(rows: Iterable[Recast]) -> Cost:
     """The sum over all weights."""
     return total(row.cost for row in rows)
 
@@ -86,9 +98,9 @@ def by_role(rows: Rows) -> dict[str, Rows]:
     return grouped(sorted(rows, key=lambda row: row.role), lambda row: row.role)
 
 
-def grouped(rows: Iterable[Requantised], key: Callable[[Requantised], str]) -> dict[str, Rows]:
+def grouped(rows: Iterable[Recast], key: Callable[[Recast], str]) -> dict[str, Rows]:
     """In the order in which the keys come first."""
-    groups: dict[str, list[Requantised]] = {}
+    groups: dict[str, list[Recast]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return dict(groups)
@@ -99,12 +111,12 @@ def sums(groups: dict[str, Rows]) -> dict[str, Cost]:
     return {name: model(rows) for name, rows in groups.items()}
 
 
-def worst(rows: Iterable[Requantised], count: int) -> list[Requantised]:
+def worst(rows: Iterable[Recast], count: int) -> list[Recast]:
     """By SQNR, lowest first, and those without one (NaN) before all; then by name."""
     return sorted(rows, key=_rank)[:count]
 
 
-def _rank(row: Requantised) -> tuple[float, str]:
+def _rank(row: Recast) -> tuple[float, str]:
     sqnr = row.cost.sqnr
     return -math.inf if math.isnan(sqnr) else sqnr, row.name
 
@@ -113,7 +125,7 @@ def _rank(row: Requantised) -> tuple[float, str]:
 class Apart:
     """A weight that lost far more than its like."""
 
-    row: Requantised
+    row: Recast
     typical: float
     """Median SQNR of its group in dB."""
 
@@ -139,9 +151,15 @@ def casts(rows: Rows) -> dict[str, Rows]:
 
 def sizes(rows: Rows) -> tuple[int, int]:
     """Bytes of these weights before and after, scales included."""
-    before = sum(_bytes(row.spec._replace(format=row.before)) for row in rows)
-    return before, sum(_bytes(row.spec) for row in rows)
+    before = Counter((row.spec.shape, row.before) for row in rows)
+    after = Counter((row.spec.shape, row.after) for row in rows)
+    spec = rows[0].spec  # stands for all: its name and place take no bytes
+    return _bytes(spec, before), _bytes(spec, after)
 
 
-def _bytes(spec: TensorSpec) -> int:
-    return sum(tensor.nbytes for tensor in stored(spec, "hf"))
+def _bytes(spec: TensorSpec, kinds: Mapping[tuple[tuple[int, ...], Format], int]) -> int:
+    return sum(
+        count * tensor.nbytes
+        for (shape, form), count in kinds.items()
+        for tensor in stored(spec._replace(shape=shape, format=form), "hf")
+    )

@@ -1,0 +1,235 @@
+"""``--move``: the source goes as the output comes, and no weight is ever in neither."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4_quant.checkpoint.manifest import MANIFEST
+from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.conversion import plan as plans
+from dsv4_quant.conversion.journal import FOLDER, FREED
+from dsv4_quant.conversion.moving import last_uses, peak_bytes
+from dsv4_quant.conversion.plan import make_plan
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.conversion.run import convert
+from dsv4_quant.errors import (
+    DiskSpaceError,
+    SourceDamagedError,
+    UnreadableError,
+    UsageError,
+    ValueNotExactError,
+    WriteError,
+)
+from tests.conversion.checkpoints import config, formats, tree, write_checkpoint
+from tests.conversion.conftest import Disk, Outcome
+
+REQUEST = Request("mp", 2, "fp8")
+CUT = 1 << 18
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five shards with a manifest: what a conversion to hf makes."""
+    folder = tmp_path_factory.mktemp("pinned")
+    raw = config(n_routed_experts=16, num_nextn_predict_layers=0)
+    write_checkpoint(folder / "raw", raw, seed=1)
+    convert(folder / "raw", folder / "src", Request("hf"))
+    return folder / "src"
+
+
+@pytest.fixture(scope="module")
+def reference(pinned: Path) -> dict[str, str]:
+    out = pinned.parent / "reference"
+    convert(pinned, out, REQUEST)
+    return tree(out)
+
+
+@pytest.fixture
+def source(pinned: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pinned, tmp_path / "src"))
+
+
+@pytest.fixture
+def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans.cuts, "__defaults__", (CUT,))
+
+
+def shards(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.safetensors")}
+
+
+def kept(out: Path) -> dict[str, str]:
+    """All of an unfinished output but the headers beside it."""
+    return {name: held for name, held in tree(out).items() if f"/{FREED}/" not in name}
+
+
+def test_the_output_is_the_same_and_the_source_is_gone(
+    source: Path, reference: dict[str, str], tmp_path: Path, small_cuts: None
+) -> None:
+    convert(source, tmp_path / "out", REQUEST, move=True)
+    assert tree(tmp_path / "out") == reference
+    assert not shards(source) and (source / "config.json").exists()
+    assert not (tmp_path / "out" / FOLDER).exists()
+    with pytest.raises(UnreadableError, match="names a shard that is not there"):
+        Checkpoint.open(source)
+
+
+def run(driver: Callable[[dict[str, Any]], Outcome], src: Path, out: Path, **job: Any) -> Outcome:
+    usual = {"request": ["mp", 2, "fp8", "keep"], "cut": CUT, "move": True}
+    return driver({**usual, "src": str(src), "out": str(out), **job})
+
+
+@pytest.fixture(scope="module")
+def calls(
+    pinned: Path, driver: Callable[[dict[str, Any]], Outcome], reference: dict[str, str]
+) -> list[str]:
+    source = pinned.parent / "whole"
+    shutil.copytree(pinned, source)
+    found: list[str] = run(driver, source, pinned.parent / "moved", here=True)["calls"]
+    assert tree(pinned.parent / "moved") == reference
+    return found
+
+
+@pytest.mark.parametrize("action", ["kill", "power"])
+def test_killed_at_any_call_nothing_is_lost(
+    action: str,
+    calls: list[str],
+    pinned: Path,
+    reference: dict[str, str],
+    driver: Callable[[dict[str, Any]], Outcome],
+    tmp_path: Path,
+) -> None:
+    numbers = [n for n, call in enumerate(calls) if call == "unlink"]
+    chosen = sorted({*numbers, *(n + 1 for n in numbers), *(n - 1 for n in numbers)})
+    others = [n for n, call in enumerate(calls) if n not in chosen and call != "pwritev"]
+    freed_early = 0
+    phase = 0 if action == "kill" else 1
+    for number in [*chosen[phase::2], *others[phase::29]]:
+        if number >= len(calls):
+            continue
+        source, out = tmp_path / f"src{number}", tmp_path / f"out{number}"
+        shutil.copytree(pinned, source)
+        fault = {"call": calls[number], "nth": calls[:number].count(calls[number])}
+        outcome = run(driver, source, out, fault={**fault, "action": action})
+        assert outcome == {"signal": 9}
+        kept = out / FOLDER / FREED
+        gone = shards(pinned) - shards(source)
+        whole = (out / MANIFEST).exists() and not (out / FOLDER / "journal").exists()
+        assert whole or gone <= (shards(kept) if kept.is_dir() else set())
+        freed_early += 0 < len(gone) < len(shards(pinned))
+        outcome = run(driver, source, out)
+        assert "bytes" in outcome or (whole and outcome["error"] == "IndexFileError"), outcome
+        assert tree(out) == reference and not (out / FOLDER).exists()
+        shutil.rmtree(source)
+        shutil.rmtree(out)
+    assert freed_early > 5
+
+
+class TestRefused:
+    def test_without_a_manifest(self, source: Path, tmp_path: Path) -> None:
+        (source / MANIFEST).unlink()
+        with pytest.raises(UsageError, match="--move needs a manifest in SRC"):
+            convert(source, tmp_path / "out", REQUEST, move=True)
+        assert len(shards(source)) == 4 and not (tmp_path / "out").exists()
+
+    def test_a_source_that_its_manifest_contradicts(
+        self, source: Path, tmp_path: Path, small_cuts: None
+    ) -> None:
+        last = sorted(shards(source))[-1]
+        path = source / last
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+        before = tree(source)
+        with pytest.raises(SourceDamagedError):
+            convert(source, tmp_path / "out", REQUEST, move=True)
+        assert tree(source) == before and not (tmp_path / "out").exists()
+
+    def test_a_cast_that_would_change_a_value(self, tmp_path: Path, small_cuts: None) -> None:
+        """It is found before anything is freed, wherever it stands."""
+        raw = config(n_routed_experts=16, num_nextn_predict_layers=0, expert_dtype="fp8")
+        write_checkpoint(tmp_path / "raw", raw, formats(experts="fp8"))
+        convert(tmp_path / "raw", tmp_path / "src", Request("hf"))
+        before = tree(tmp_path / "src")
+        with pytest.raises(ValueNotExactError):
+            convert(tmp_path / "src", tmp_path / "out", Request("mp", 2, "fp4"), move=True)
+        assert tree(tmp_path / "src") == before and not (tmp_path / "out").exists()
+
+    def test_links(self, source: Path, tmp_path: Path) -> None:
+        first = sorted(shards(source))[0]
+        (source / "held").mkdir()
+        (source / first).rename(source / "held" / first)
+        (source / first).symlink_to(Path("held") / first)
+        with pytest.raises(UsageError, match="remove a link"):
+            convert(source, tmp_path / "out", REQUEST, move=True)
+
+
+class TestHalfWay:
+    @pytest.fixture
+    def unfinished(
+        self, source: Path, tmp_path: Path, driver: Callable[[dict[str, Any]], Outcome]
+    ) -> Path:
+        """A run that was killed when two shards had been freed."""
+        out = tmp_path / "out"
+        fault = {"call": "unlink", "nth": 2, "action": "kill"}
+        assert run(driver, source, out, fault=fault) == {"signal": 9}
+        assert len(shards(out / FOLDER / FREED)) == 3 and len(shards(source)) == 2
+        return out
+
+    def test_nothing_discards_it(self, unfinished: Path, source: Path) -> None:
+        before = kept(unfinished)
+        with pytest.raises(WriteError, match="it is their only copy"):
+            convert(source, unfinished, Request("mp", 1), overwrite=True)
+        with pytest.raises(UsageError, match="unfinished conversion of another"):
+            convert(source, unfinished, Request("mp", 1))
+        assert kept(unfinished) == before
+
+    def test_it_continues_without_move_too(
+        self, unfinished: Path, source: Path, reference: dict[str, str], small_cuts: None
+    ) -> None:
+        convert(source, unfinished, REQUEST)
+        assert tree(unfinished) == reference and len(shards(source)) == 2
+
+    def test_damage_to_what_is_the_only_copy_is_told(
+        self,
+        unfinished: Path,
+        source: Path,
+        pinned: Path,
+        reference: dict[str, str],
+        small_cuts: None,
+    ) -> None:
+        path = unfinished / FOLDER / "model0-mp2.safetensors"
+        with path.open("r+b") as file:
+            file.seek(len(path.read_bytes()[:100_000]))
+            file.write(b"damage")
+        with pytest.raises(WriteError, match="the source was freed") as caught:
+            convert(source, unfinished, REQUEST, move=True)
+        assert "fetch them again" in str(caught.value)
+        for name in shards(pinned) - shards(source):
+            shutil.copy(pinned / name, source / name)
+        convert(source, unfinished, REQUEST)
+        assert tree(unfinished) == reference
+
+
+def test_a_disk_that_cannot_hold_both(
+    pinned: Path, disk: Disk, reference: dict[str, str], small_cuts: None
+) -> None:
+    source, out = disk.place / "src", disk.place / "out"
+    shutil.copytree(pinned, source)
+    held = sum(path.stat().st_size for path in source.iterdir())
+    with Checkpoint.open(source) as checkpoint:
+        plan = make_plan(checkpoint, Request("hf"))
+        headers = checkpoint.folder.headers
+        sizes = {name: h.data_start + h.data_bytes for name, h in headers.items()}
+        peak = peak_bytes(plans.cuts(plan), last_uses(plan), sizes)
+    assert peak < 0.7 * plan.bytes
+    disk.resize(held + peak + (1 << 20))
+    with pytest.raises(DiskSpaceError):
+        convert(source, out, Request("hf"))
+    convert(source, out, Request("hf"), move=True)
+    assert not shards(source) and len(shards(out)) == 4

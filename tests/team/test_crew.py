@@ -1,0 +1,209 @@
+"""Processes as threads at a board in memory: what they bring together, and how they end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv4_quant.errors import NotANumberError, TeamError, WriteError
+from dsv4_quant.progress import NoProgress
+from dsv4_quant.team import Team, crew, join, watch
+from dsv4_quant.team.crew import Crew
+from tests.team.boards import MemoryBoard, all_of, member
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "BEAT", 0.02)
+
+
+class Shown(NoProgress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.done = self.of = 0
+
+    def total(self, count: int) -> None:
+        self.of = count
+
+    def advance(self, count: int) -> None:
+        self.done += count
+
+
+def test_alone() -> None:
+    team, said = join({}), []
+    assert type(team) is Team and team.is_first and (team.size, team.sharing) == (1, 1)
+    assert team.gather(lambda: 3) == [3] and team.lead(lambda: 4) == 4
+    team.agree(lambda: "one", "thing")
+    team.tell(lambda: said.append("it"))
+    team.close()
+    assert said == ["it"] and isinstance(team.watched(None), NoProgress)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_what_all_do_comes_to_the_first(size: int) -> None:
+    def program(team: Crew) -> object:
+        parts = team.gather(lambda: np.full(3, team.rank))
+        return team.lead(lambda: [part.tolist() for part in parts]), len(parts)
+
+    every = [[rank] * 3 for rank in range(size)]
+    assert all_of(size, program) == [(every, size)] + [(every, 0)] * (size - 1)
+
+
+def test_large_values_travel_in_pieces() -> None:
+    board, large = MemoryBoard(), bytes(range(256)) * (10 << 12)  # 10 MiB; a board takes 8
+    found = all_of(2, lambda team: team.lead(lambda: large) == large, board)
+    assert found == [True, True]
+    found = all_of(2, lambda team: team.gather(lambda: large), board := MemoryBoard())
+    assert found == [[large, large], []]
+    assert sum(map(len, board.held.values())) < 10_000, "what was gathered is forgotten"
+
+
+def test_an_error_of_one_ends_all_with_the_same() -> None:
+    said: list[int] = []
+
+    def program(team: Crew) -> None:
+        def work() -> None:
+            progress = team.watched(None)
+            if team.rank == 2:
+                raise NotANumberError("A NaN", tensor="embed.weight", file=Path("x"), hint="Fetch.")
+            for _ in range(2000):
+                progress.advance(1)
+                time.sleep(0.005)
+
+        try:
+            team.gather(work)
+        finally:
+            team.tell(lambda: said.append(team.rank))
+
+    began = time.monotonic()
+    found = all_of(4, program)
+    assert time.monotonic() - began < 3
+    wanted = "A NaN. (file x, tensor embed.weight) Fetch."
+    assert [type(error) for error in found] == [NotANumberError] * 4
+    assert [str(error) for error in found] == [wanted] * 4
+    assert [error.tensor for error in found] == ["embed.weight"] * 4
+    assert said == [0]
+
+
+def test_of_several_errors_all_end_with_one() -> None:
+    def program(team: Crew) -> None:
+        team.gather(lambda: (_ for _ in ()).throw(WriteError(f"Of {team.rank}")))
+
+    found = all_of(4, program)
+    assert len({str(error) for error in found}) == 1 and isinstance(found[0], WriteError)
+
+
+def test_the_first_waits_until_nobody_works_any_more() -> None:
+    working = threading.Semaphore(0)
+
+    def program(team: Crew) -> None:
+        def work() -> None:
+            if team.rank == 0:
+                raise WriteError("Full")
+            time.sleep(0.3)
+            working.release()
+
+        try:
+            team.gather(work)
+        except WriteError:
+            if team.rank == 0:  # both have ended their work by now
+                assert working.acquire(blocking=False) and working.acquire(blocking=False)
+            raise
+
+    assert [str(error) for error in all_of(3, program)] == ["Full."] * 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "I/O error"), MemoryError()])
+def test_python_errors_travel(error: BaseException) -> None:
+    found = all_of(2, lambda team: team.gather(lambda: team.rank and exec_raise(error)))
+    assert [type(one) for one in found] == [type(error)] * 2
+    assert [one.args for one in found] == [error.args] * 2
+
+
+def exec_raise(error: BaseException) -> None:
+    raise error
+
+
+def test_an_error_that_cannot_travel_keeps_its_words() -> None:
+    class Odd(Exception):
+        def __init__(self, a: int, b: int) -> None:
+            super().__init__(f"{a} and {b}")
+
+    first, _ = all_of(2, lambda team: team.gather(lambda: team.rank and exec_raise(Odd(1, 2))))
+    assert isinstance(first, RuntimeError) and str(first) == "Odd: 1 and 2"
+
+
+def test_who_disagrees_is_named() -> None:
+    found = all_of(3, lambda team: team.agree(lambda: "ab"[team.rank == 2], "source"))
+    assert {type(error) for error in found} == {TeamError}
+    assert "Process 2 sees another source than process 0" in str(found[1])
+    assert all_of(3, lambda team: team.agree(lambda: "a", "source")) == [None] * 3
+
+
+def test_progress_is_the_sum_of_all() -> None:
+    shown = Shown()
+
+    def program(team: Crew) -> None:
+        progress = team.watched(shown if team.rank == 0 else None)
+        team.lead(lambda: progress.stage("planning") or progress.advance(1000))
+        progress.stage("hashing")
+        progress.total(10 * (team.rank + 1))
+        progress.advance(3 * (team.rank + 1))
+        time.sleep(0.3)
+        team.gather(lambda: None)
+
+    assert all_of(3, program) == [None] * 3
+    assert (shown.done - 1000, shown.of) == (18, 60)
+
+
+class TestALostProcess:
+    @pytest.mark.parametrize("lost", [0, 1, 3])
+    def test_that_is_far_away(self, lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its heartbeat stops. When it is the first, the board may go with it or stay."""
+        monkeypatch.setattr(watch, "SILENCE", 0.3)
+        monkeypatch.setattr(crew, "LEAVING", 0.5)
+        monkeypatch.setattr(crew, "STOPPING", 0.5)
+        said: list[int] = []
+        board = MemoryBoard()
+
+        def program(team: Crew) -> None:
+            def work() -> None:
+                if team.rank == lost:
+                    team._closing.set()  # it says nothing any more
+                    board.gone = lost == 0
+                    time.sleep(1)
+                    raise SystemExit
+                while True:
+                    team.check()
+                    time.sleep(0.01)
+
+            try:
+                team.gather(work)
+            except TeamError:
+                team.tell(lambda: said.append(team.rank))
+                raise
+
+        found = all_of(4, program, board)
+        others = [error for rank, error in enumerate(found) if rank != lost]
+        assert [type(error) for error in others] == [TeamError] * 3
+        assert f"Process {lost} of 4, on host, has ended" in str(others[0])
+        assert said == [1 if lost == 0 else 0]
+
+    def test_that_leaves_without_its_part(self) -> None:
+        found = all_of(2, lambda team: team.gather(lambda: 1) if team.rank == 0 else None)
+        assert isinstance(found[0], TeamError) and "Process 1 of 2" in str(found[0])
+
+    def test_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(crew, "JOINING", 0.1)
+        with pytest.raises(TeamError, match=r"Of 3 processes 2 did not come.*process 1"):
+            Crew(0, 3, MemoryBoard(), member=member())
+
+
+def test_who_shares_cores() -> None:
+    members = [member("a", 0, (0, 1)), member("a", 1, (1, 2)), member("a", 2, (3,)), member("b", 3)]
+    assert all_of(4, lambda team: team.sharing, members=members) == [2, 2, 1, 1]
