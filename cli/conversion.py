@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
+from dsv4_quant.cli import report as report_page
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.tables import duration, size, table
@@ -17,7 +19,7 @@ from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import ConvertReport, convert
 from dsv4_quant.conversion.summary import PlanSummary, plan_conversion
 from dsv4_quant.conversion.target import check_empty
-from dsv4_quant.hub import resolve
+from dsv4_quant.hub import opened
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -45,7 +47,7 @@ Gpus = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Print the plan and its needs; write nothing. (An id is downloaded.)"
+        "--dry-run", help="Print the plan and its needs; write nothing. Of an id, read headers."
     ),
 ]
 MaxMemory = Annotated[
@@ -86,23 +88,28 @@ def run(
     move: bool,
     json: str | None,
     quiet: bool,
+    page: str | None = None,
+    fingerprint: Path | None = None,
 ) -> None:
     """Plans or converts, and tells the result."""
+    report_page.check(request, page, fingerprint)
     if out.is_dir() and not overwrite and not (out / MANIFEST).exists():
-        check_empty(out)  # before an id is downloaded
-    with shown(quiet=quiet) as progress:
-        folder = resolve(src, progress=progress)
+        check_empty(out)  # before the hub is asked
+    with shown(quiet=quiet) as progress, opened(src, progress=progress) as source:
         if dry_run:
             plan = plan_conversion(
-                folder, out, request,
+                source.folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
+                arrivals=source.arrivals,
             )  # fmt: skip
         else:
             report = convert(
-                folder, out, request,
+                source.folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-                progress=progress,
+                arrivals=source.arrivals, progress=progress,
             )  # fmt: skip
+        if page is not None and not dry_run:
+            report_page.write_page(report, src, page, fingerprint, progress)
     if dry_run:
         emit(describe_plan(plan), {**asdict(plan), "fits": plan.fits}, json_to=json, quiet=quiet)
         raise typer.Exit(0 if plan.fits else 1)
@@ -150,6 +157,7 @@ def describe(report: ConvertReport) -> str:
         f" {size(rate)}/s, {len(manifest.tensors):,} weights in {manifest.layout} layout",
         f"value digest  {manifest.value_digest}",
         *proofs(manifest),
+        *report_page.requantised(report),
         f"{MANIFEST} and SHA256SUMS say what every file must be; `dsv4-quant verify` checks it.",
     ]
     return "\n".join(lines)
@@ -184,5 +192,15 @@ def result(report: ConvertReport) -> dict[str, object]:
         "tensors": len(manifest.tensors),
         "value_digest": manifest.value_digest,
         "certificate": {name: asdict(proof) for name, proof in manifest.certificate.items()},
+        "requantised": _model_cost(manifest),
         "files": {name: asdict(record) for name, record in manifest.files.items()},
     }
+
+
+def _model_cost(manifest: Manifest) -> dict[str, object] | None:
+    """The model's figures; the manifest has those of every layer and weight."""
+    if manifest.requantised is None:
+        return None
+    cost = manifest.requantised.model
+    sqnr = cost.sqnr if isfinite(cost.sqnr) else None
+    return {"rule": manifest.requantised.rule, "sqnr_db": sqnr, **cost.to_json()}

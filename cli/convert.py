@@ -9,6 +9,7 @@ import typer
 
 from dsv4_quant.cli import conversion
 from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Move, Out, Overwrite, Src
+from dsv4_quant.cli.report import Page, Recorded
 from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.errors import UsageError
@@ -74,6 +75,8 @@ def command(
             " max: the smallest that reaches the largest value, as the published quantiser.",
         ),
     ] = Rule.least_squares,
+    report: Page = None,
+    fingerprint: Recorded = None,
     dry_run: DryRun = False,
     workers: Workers = None,
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
@@ -100,7 +103,7 @@ def command(
     conversion.run(
         src, out, make_request(gpus, layout, experts, dense, lossy=lossy, rule=scale_rule),
         dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-        json=json, quiet=quiet,
+        json=json, quiet=quiet, page=report, fingerprint=fingerprint,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dsv4_quant.cli.forward import Activations, Arithmetic, HowExact, HowStored,
 from dsv4_quant.cli.options import Debug, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
+from dsv4_quant.cli.together import found, here
 from dsv4_quant.cli.tokens import read_tokens
 from dsv4_quant.errors import UsageError
 from dsv4_quant.fingerprints.coverage import Coverage
@@ -22,7 +23,6 @@ from dsv4_quant.fingerprints.document import Fingerprint, Measured
 from dsv4_quant.fingerprints.file import to_json
 from dsv4_quant.fingerprints.make import make_fingerprint
 from dsv4_quant.fingerprints.served import import_served
-from dsv4_quant.hub import resolve
 
 
 def command(
@@ -96,13 +96,14 @@ def command(
         given = None if prompts is None else read_tokens(prompts)
         with shown(quiet=quiet) as progress:
             made = make_fingerprint(
-                resolve(path, progress=progress), given,
+                found(path, progress), given,
                 arithmetic=arithmetic.value, activations=activations.value,
-                digest=digest, threads=threads, progress=progress,
+                digest=digest, threads=threads, progress=progress, team=here(),
             )  # fmt: skip
     data = to_json(made)
-    with appearing(output) as partial:
-        partial.write_bytes(data)
+    if here().is_first:
+        with appearing(output) as partial:
+            partial.write_bytes(data)
     emit(
         describe(made, output, len(data)), facts(made, output, len(data)), json_to=json, quiet=quiet
     )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
-from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.options import At, Debug, Json, Quiet
 from dsv4_quant.cli.output import emit
+from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.tables import size, table
+from dsv4_quant.hub import opened
 from dsv4_quant.inspection import Inspection, Split, inspect
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")],
+    path: At,
     gpus: Annotated[
         int | None,
         typer.Option("--gpus", metavar="N", help="Show what each of N GPUs will hold."),
@@ -27,13 +28,16 @@ def command(
     """What a checkpoint holds, from its headers alone.
 
     Layout, release, formats, tensors and bytes by role and dtype. With --gpus also the bytes that
-    each GPU will hold, for every format of the experts. Both layouts; any size takes seconds.
+    each GPU will hold, for every format of the experts. Both layouts; any size takes seconds. Of
+    an id only headers and small files are fetched, a few MB.
 
     \b
-    Example:
+    Examples:
       dsv4-quant inspect DeepSeek-V4-Flash --gpus 4
+      dsv4-quant inspect deepseek-ai/DeepSeek-V4-Pro
     """
-    found = inspect(path, gpus)
+    with shown(quiet=quiet) as progress, opened(path, progress=progress) as source:
+        found = replace(inspect(source.folder, gpus), path=path)
     emit(describe(found), asdict(found), json_to=json, quiet=quiet)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +13,10 @@ import typer
 from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers, writable
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
+from dsv4_quant.cli.together import found, here
 from dsv4_quant.cli.verdict import describe, tell
 from dsv4_quant.errors import UsageError
-from dsv4_quant.hub import resolve
+from dsv4_quant.hub import opened
 from dsv4_quant.validators.verify import verify
 
 
@@ -95,15 +98,21 @@ def command(
     """
     if gate is not None and fingerprint is None:
         raise UsageError("--gate goes with --fingerprint")
-    usual = Level.values if fingerprint is None else Level.forward
-    with shown(quiet=quiet) as progress:
-        source = None if against is None else resolve(against, progress=progress)
+    chosen = level or (Level.values if fingerprint is None else Level.forward)
+    with shown(quiet=quiet) as progress, ExitStack() as stack:
+        source = None if against is None else found(against, progress)
+        if chosen is Level.structure:  # of an id only headers
+            folder = stack.enter_context(opened(path, progress=progress)).folder
+        else:
+            folder = found(path, progress)
         report = verify(
-            resolve(path, progress=progress), (level or usual).value,
+            folder, chosen.value,
             against=source, fingerprint=fingerprint, gate=None if gate is None else gate.value,
-            workers=workers, progress=progress,
+            workers=workers, progress=progress, team=here(),
         )  # fmt: skip
-    tell(report, junit)
+    report = replace(report, path=path)
+    if here().is_first:
+        tell(report, junit)
     emit(describe(report), report.to_json(), json_to=json, quiet=quiet)
     if not report.holds:
         raise typer.Exit(1)

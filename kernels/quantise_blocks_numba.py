@@ -226,18 +226,20 @@ def _quantise(
         if codes4.size:
             _give_groups(chunk, first, chosen.size, targets)
         elif codes.size:
-            _give_block(chunk, row, col, b, c, bits.shape[1], codes)
+            if codes.shape[1] == bits.shape[1]:
+                _give_block(chunk, row, col, b, c, codes)
+            else:
+                _give_packed(chunk, row, col, c, codes)
         if value_squares.size:
             counts[SATURATED] += saturated
             counts[FLUSHED] += flushed
             largest_error[0] = max(largest_error[0], largest)
             sums = chunk.sums[: chosen.size]
             _fold(chunk.values, shift, p, chunk.lanes, sums)
-            for j in range(chosen.size):
-                value_squares[(first + j) // w] += sums[j]
+            _add_up(sums, first, w, value_squares)
             _fold(chunk.errors.view(np.uint32), _ZERO, p, chunk.lanes, sums)
+            _add_up(sums, first, w, error_squares)
             for j in range(chosen.size):
-                error_squares[(first + j) // w] += sums[j]
                 counts[EXACT] += sums[j] == 0
                 histogram[chosen[j]] += 1
     return 0
@@ -276,13 +278,13 @@ def _take_groups(words: Words, first: int, groups: int, chunk: Chunk) -> None:
 @inline
 def _take_block(bits: Bits, row: int, col: int, b: int, c: int, chunk: Chunk) -> None:
     """One block, zeros beyond the edges."""
-    rows, cols = min(b, bits.shape[0] - row), min(c, bits.shape[1] - col)
-    values = chunk.values.reshape(-1)
-    if rows < b or cols < c:
-        values[:] = 0
-    for i in range(rows):
-        for k in range(cols):
-            values[i * c + k] = bits[row + i, col + k]
+    source = bits[row : row + b, col : col + c]
+    block = chunk.values.reshape(-1)[: b * c].reshape(b, c)
+    if source.size < block.size:
+        block[:] = 0
+    for i in range(source.shape[0]):
+        for k in range(source.shape[1]):
+            block[i, k] = source[i, k]
 
 
 @inline
@@ -462,6 +464,20 @@ def _fold(bits: Bits, shift: np.uint32, p: int, lanes: Doubles, sums: Doubles) -
 
 
 @inline
+def _add_up(sums: Doubles, first: int, w: int, rows: Doubles) -> None:
+    """Sums of blocks, the first of which is the panel's ``first``, onto those of their rows."""
+    row, left = first // w, w - first % w
+    total = rows[row]
+    for j in range(sums.size):
+        if left == 0:
+            rows[row] = total
+            row, left, total = row + 1, w, 0.0
+        total += sums[j]
+        left -= 1
+    rows[row] = total
+
+
+@inline
 def _square(bits: int, shift: np.uint32) -> np.float64:
     value = F64(_as_float(U32(bits) << (shift & U32(31))))
     return value * value
@@ -480,20 +496,22 @@ def _give_groups(chunk: Chunk, first: int, groups: int, codes4: NDArray[np.uint1
 
 
 @inline
-def _give_block(
-    chunk: Chunk, row: int, col: int, b: int, c: int, cols: int, codes: Bytes
-) -> None:
-    """The codes of one block, one or two to a byte."""
-    width = min(c, cols - col)
+def _give_block(chunk: Chunk, row: int, col: int, b: int, c: int, codes: Bytes) -> None:
+    """The codes of an FP8 block."""
+    block = chunk.codes.reshape(-1)[: b * c].reshape(b, c)
+    out = codes[row : row + b, col : col + c]
+    for i in range(out.shape[0]):
+        for k in range(out.shape[1]):
+            out[i, k] = block[i, k]
+
+
+@inline
+def _give_packed(chunk: Chunk, row: int, col: int, c: int, codes: Bytes) -> None:
+    """The codes of one FP4 group, two to a byte."""
     flat = chunk.codes.reshape(-1)
-    for i in range(min(b, codes.shape[0] - row)):
-        if codes.shape[1] == cols:
-            for k in range(width):
-                codes[row + i, col + k] = flat[i * c + k]
-        else:
-            for k in range(width // 2):
-                low, high = flat[i * c + 2 * k], flat[i * c + 2 * k + 1]
-                codes[row + i, col // 2 + k] = low | (high << 4)
+    out = codes[row, col // 2 :]
+    for k in range(min(c // 2, out.size)):
+        out[k] = flat[2 * k] | (flat[2 * k + 1] << 4)
 
 
 @inline

@@ -77,6 +77,7 @@ class Hub:
     """What becomes of a file's entry in the listing."""
     pace: float = 0
     """Seconds for each MiB."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def files(self) -> dict[str, bytes]:
         return {
@@ -192,7 +193,8 @@ class Handler(BaseHTTPRequestHandler):
                        "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}  # fmt: skip
         trouble: Trouble = None
         if self.command == "GET":
-            self.hub.asked[name] += 1
+            with self.hub.lock:
+                self.hub.asked[name] += 1
             trouble = self.hub.trouble(name, start, stop)
             if once := self.hub.busy.pop(name, 0):
                 trouble = Refuse(once)
@@ -214,7 +216,8 @@ class Handler(BaseHTTPRequestHandler):
         piece = 1 << 18
         for at in range(0, len(body), piece):
             self.wfile.write(body[at : at + piece])
-            self.hub.sent[name] += len(body[at : at + piece])
+            with self.hub.lock:
+                self.hub.sent[name] += len(body[at : at + piece])
             if self.hub.pace:
                 time.sleep(self.hub.pace * piece / (1 << 20))
 

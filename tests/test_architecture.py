@@ -23,19 +23,19 @@ FOLDERS = {"cli": "cli", "kernels": "kernels", "validators": "validators"}
 # Each part may import those above it, and itself; those on one line do not know each other.
 LAYERS = (
     ("errors", "strict_json", "progress"),
-    ("config_keys", "hub"),
+    ("config_keys", "hub", "team"),
     ("config", "formats"),
     ("catalogue", "kernels"),
     ("checkpoint", "releases"),
     ("conversion", "model", "inspection"),
     ("synth_config", "synth_values", "synth_folder", "fingerprints"),
-    ("synthesis",),
+    ("synthesis", "reports", "calibration"),
     ("validators",),
     ("cli", "__init__"),
     ("__main__",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-MAY_IMPORT_TORCH = ("model", "fingerprints")
+MAY_IMPORT_TORCH = ("model", "fingerprints", "calibration")
 
 
 @cache

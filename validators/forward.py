@@ -22,6 +22,7 @@ from dsv4_quant.fingerprints.parse import read_fingerprint
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Script
 from dsv4_quant.progress import Progress
+from dsv4_quant.team import Team
 from dsv4_quant.validators.apart import CHECK, findings_of
 from dsv4_quant.validators.report import Finding, error, warning
 
@@ -62,13 +63,15 @@ def check_fingerprint(
     gate: Gate | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Verdict:
     """Runs the fingerprint's prompts and compares.
 
     Args:
         ckpt: in any layout, format and GPU count.
         gate: the one to apply; if not given, the strictest that the two machines allow.
-        threads: for the pass; they change no bit.
+        threads: of a process, for the pass; they change no bit.
+        team: the processes that share the prompts.
 
     Raises:
         UnreadableError: the fingerprint cannot be read.
@@ -81,7 +84,7 @@ def check_fingerprint(
     _check_ids(recorded, ckpt)
     script, findings = _script(recorded.script, ckpt)
     try:
-        fresh = record(ckpt, script, threads=threads, progress=progress)
+        fresh = record(ckpt, script, threads=threads, progress=progress, team=team)
     except (NotANumberError, SourceDamagedError, UnreadableError) as stopped:
         meaning = "The pass was stopped there. `dsv4-quant verify` names every damaged weight."
         found = error(CHECK, stopped.what, meaning, tensor=stopped.tensor)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint import Checkpoint
@@ -23,43 +24,75 @@ from dsv4_quant.validators.subject import Subject
 from dsv4_quant.validators.weight import Advance, Panel, Weight, compare_panel, judge_panel
 
 
+@dataclass(slots=True)
+class Found:
+    """What has been found out of some weights."""
+
+    findings: list[Finding] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of every weight that has one, by name."""
+    their_digests: dict[str, str] = field(default_factory=dict)
+    differences: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Weight -> its file, and how it differs from the other checkpoint's."""
+    blank: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    their_seconds: float = 0.0
+    bytes: int = 0
+    their_bytes: int = 0
+    compared: int = 0
+
+    def add(self, other: Found) -> None:
+        """Other weights, judged by another process."""
+        self.findings += other.findings
+        self.digests |= other.digests
+        self.their_digests |= other.their_digests
+        self.differences |= other.differences
+        self.blank |= other.blank
+        self.seconds += other.seconds
+        self.their_seconds += other.their_seconds
+        self.bytes += other.bytes
+        self.their_bytes += other.their_bytes
+        self.compared += other.compared
+
+
 class ValuesPass:
     """Judges the sound weights of a subject, next to another checkpoint if there is one."""
 
     def __init__(
         self, subject: Subject, checkpoint: Checkpoint, other: Checkpoint | None, advance: Advance
     ) -> None:
-        self.findings: list[Finding] = []
-        self.digests: dict[str, str] = {}
-        """Of every weight that has one, by name."""
-        self.their_digests: dict[str, str] = {}
-        self._differences: dict[str, tuple[str, str]] = {}
-        """Weight -> its file, and how it differs from the other checkpoint's."""
-        self._blank: set[str] = set()
+        self.found = Found()
         self._subject, self._checkpoint, self._other = subject, checkpoint, other
         self._advance = advance
         self._lock = threading.Lock()
-        self._seconds = self._their_seconds = 0.0
-        self._bytes = self._their_bytes = self._compared = 0
+        self._chosen = dict(subject.sound)
+
+    def choose(self, names: Container[str]) -> None:
+        """Judges these weights only; other processes judge the others."""
+        self._chosen = {name: spec for name, spec in self._chosen.items() if name in names}
+
+    def sizes(self) -> dict[str, tuple[str, int]]:
+        """By weight, the file that it begins in and the bytes to be read of both checkpoints."""
+        return {name: (self._file(name), self._nbytes(s)) for name, s in self._chosen.items()}
 
     def nbytes(self) -> int:
         """Bytes that the pass will read, as far as can be told before."""
-        total = 0
-        for spec in self._subject.sound.values():
-            copies = self._checkpoint.gpus if spec.split is None else 1
-            total += copies * sum(held.nbytes for held in self._checkpoint.stored(spec))
-            if self._is_compared(spec):
-                assert self._other is not None
-                theirs = self._other.stored(self._other.specs[spec.name])
-                total += sum(held.nbytes for held in theirs)
+        return sum(map(self._nbytes, self._chosen.values()))
+
+    def _nbytes(self, spec: TensorSpec) -> int:
+        copies = self._checkpoint.gpus if spec.split is None else 1
+        total = copies * sum(held.nbytes for held in self._checkpoint.stored(spec))
+        if self._is_compared(spec):
+            assert self._other is not None
+            theirs = self._other.stored(self._other.specs[spec.name])
+            total += sum(held.nbytes for held in theirs)
         return total
 
     def panels(self) -> Iterator[tuple[str, Iterator[Panel]]]:
         """(file, its panels) for each file that holds a weight's first rows, in files' order."""
         by_file: dict[str, list[TensorSpec]] = defaultdict(list)
-        for spec in self._subject.sound.values():
-            weight = self._checkpoint.stored(spec)[0]
-            by_file[self._checkpoint.locate(weight).extents[0].file].append(spec)
+        for spec in self._chosen.values():
+            by_file[self._file(spec.name)].append(spec)
         for file in self._checkpoint.folder.headers:
             if file in by_file:
                 yield file, self._panels_of(file, by_file[file])
@@ -92,10 +125,10 @@ class ValuesPass:
             self._note_unread(weight, wrong)
         done = time.perf_counter()
         with self._lock:
-            self._bytes += read
-            self._their_bytes += their_bytes
-            self._seconds += between - began
-            self._their_seconds += done - between
+            self.found.bytes += read
+            self.found.their_bytes += their_bytes
+            self.found.seconds += between - began
+            self.found.their_seconds += done - between
         with weight.lock:
             weight.waiting -= 1
             is_last = weight.waiting == 0
@@ -111,64 +144,67 @@ class ValuesPass:
     def _finish(self, weight: Weight) -> None:
         """All panels are in: findings, digest, difference."""
         spec, file, tally = weight.spec, weight.file, weight.tally
-        found = [
+        wrong = [
             error("reading", what, "The disk or the network does not give these bytes.",
                   file=name.removeprefix(f"{self._subject.root}/"), tensor=spec.name)
             for name, what in weight.unread.items()
         ]  # fmt: skip
         if spec.format.kind == "i64":
             experts = self._checkpoint.config.n_routed_experts
-            found += judge_expert_ids(spec, file, tally, experts)
+            wrong += judge_expert_ids(spec, file, tally, experts)
         else:
-            found += judge_weight(spec, file, tally)
-        found += _judge_copies(weight)
+            wrong += judge_weight(spec, file, tally)
+        wrong += _judge_copies(weight)
         mine, theirs = weight.mine.finish(), weight.theirs.finish() if weight.is_compared else None
         with self._lock:
-            self.findings += found
+            found = self.found
+            found.findings += wrong
             if mine is not None:
-                self.digests[spec.name] = mine
+                found.digests[spec.name] = mine
             if theirs is not None:
-                self.their_digests[spec.name] = theirs
+                found.their_digests[spec.name] = theirs
             if tally.blocks and tally.dead == tally.blocks:
-                self._blank.add(spec.name)
-            self._compared += weight.is_compared and not weight.unread
+                found.blank.add(spec.name)
+            found.compared += weight.is_compared and not weight.unread
             if weight.difference.count:
-                self._differences[spec.name] = file, weight.difference.shown()
+                found.differences[spec.name] = file, weight.difference.shown()
 
     def conclude(self, recorded: Mapping[str, str]) -> tuple[list[Finding], list[Check]]:
         """What can be said when all is done. ``recorded``: the manifest's digests, by weight."""
+        found = self.found
         owners = {digest: name for name, digest in recorded.items()}
-        for name, digest in self.digests.items():
+        for name, digest in found.digests.items():
             if recorded.get(name, digest) != digest:
-                self.findings.append(
+                found.findings.append(
                     error("digests", f"value digest {digest}", _whose(owners.get(digest), MANIFEST),
                           file=self._file(name), tensor=name,
                           expected=f"value digest {recorded[name]}")
                 )  # fmt: skip
-        their_owners = {digest: name for name, digest in self.their_digests.items()}
-        for name, (file, shown) in self._differences.items():
-            owner = their_owners.get(self.digests.get(name, ""))
-            self.findings.append(
+        their_owners = {digest: name for name, digest in found.their_digests.items()}
+        for name, (file, shown) in found.differences.items():
+            owner = their_owners.get(found.digests.get(name, ""))
+            found.findings.append(
                 error("against", shown, _whose(owner, "the other checkpoint"), file=file,
                       tensor=name)
             )  # fmt: skip
-        self.findings += self._judge_doubles()
+        found.findings += self._judge_doubles()
         judged, weights = len(self._subject.sound), len(self._checkpoint.specs)
         files = len(self._checkpoint.folder.headers)
-        checks = [Check("values", files, judged, self._bytes, weights - judged, self._seconds)]
+        checks = [Check("values", files, judged, found.bytes, weights - judged, found.seconds)]
         if self._other is not None:
             theirs = len(self._other.folder.headers)
             checks.append(
-                Check("against", theirs, self._compared, self._their_bytes,
-                      len(self._other.specs) - self._compared, self._their_seconds)
+                Check("against", theirs, found.compared, found.their_bytes,
+                      len(self._other.specs) - found.compared, found.their_seconds)
             )  # fmt: skip
-        return self.findings, checks
+        return found.findings, checks
 
     def _judge_doubles(self) -> Iterator[Finding]:
         """Two weights of equal values: one was written over the other. Norms may well be equal."""
+        found = self.found
         first: dict[str, str] = {}
-        for name, digest in sorted(self.digests.items()):
-            if self._checkpoint.specs[name].kind == "fixed" or name in self._blank:
+        for name, digest in sorted(found.digests.items()):
+            if self._checkpoint.specs[name].kind == "fixed" or name in found.blank:
                 continue
             twin = first.setdefault(digest, name)
             if twin != name:

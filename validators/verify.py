@@ -1,6 +1,8 @@
 """The verdict on a checkpoint: every level that was asked for, all findings, sorted.
 
 Levels are stages that add checks and findings to one report; each includes those before it.
+Of several processes each judges some files and weights; the first concludes, and its report is
+what all return.
 """
 
 from __future__ import annotations
@@ -12,22 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blake3 import blake3
+
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.panels import usable_cores
 from dsv4_quant.checkpoint.sums import HashKind
 from dsv4_quant.errors import UsageError
 from dsv4_quant.hub import published_sha256
-from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.progress import Progress
+from dsv4_quant.team import Team
 from dsv4_quant.validators.against import judge_against
 from dsv4_quant.validators.checksums import Hashes, files_to_hash, judge_hashes
 from dsv4_quant.validators.claims import Claims, read_claims
+from dsv4_quant.validators.division import divided
 from dsv4_quant.validators.present import present_files
 from dsv4_quant.validators.report import LEVELS, Check, Finding, Level, Report, error, ordered
 from dsv4_quant.validators.structure import judge_structure
 from dsv4_quant.validators.subject import Subject
-from dsv4_quant.validators.values import ValuesPass
-from dsv4_quant.validators.work import Work
+from dsv4_quant.validators.values import Found, ValuesPass
+from dsv4_quant.validators.work import Hashed, Work
 
 if TYPE_CHECKING:
     from dsv4_quant.fingerprints.gates import Gate
@@ -42,6 +48,7 @@ def verify(
     gate: Gate | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Report:
     """Judges a checkpoint folder, in either layout.
 
@@ -54,8 +61,9 @@ def verify(
             small files must be the same. Needs the level ``values`` at least.
         fingerprint: what the level ``forward`` compares with.
         gate: bit, numeric or lossy; the strictest that the machines allow if not given.
-        workers: threads; one per core if not given.
+        workers: threads of a process; one per core if not given.
         progress: is told how far it is.
+        team: the processes that share the work.
 
     Raises:
         UnreadableError: the folder, or the other one, is no checkpoint at all.
@@ -64,6 +72,7 @@ def verify(
     return judge(
         path, level,
         against=against, fingerprint=fingerprint, gate=gate, workers=workers, progress=progress,
+        team=team,
     ).report  # fmt: skip
 
 
@@ -87,6 +96,7 @@ def judge(
     gate: Gate | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
     to_pin: HashKind | None = None,
 ) -> Judgement:
     """``verify``, with all that it found out.
@@ -94,8 +104,8 @@ def judge(
     ``to_pin``: what manifest and SHA256SUMS say is not asked, and every file is hashed so.
     """
     _check_request(level, against, fingerprint)
-    began = time.monotonic()
-    progress = progress or NoProgress()
+    began, team = time.monotonic(), team or Team()
+    progress = team.watched(progress)
     has_bytes, has_values = LEVELS.index(level) >= 1, LEVELS.index(level) >= 2
     with ExitStack() as stack:
         other = None if against is None else stack.enter_context(Checkpoint.open(against))
@@ -113,10 +123,11 @@ def judge(
             findings += wrong
         values = _values_pass(subject, other, progress, stack) if has_values else None
         progress.stage("values" if has_values else level)
-        work.run(values, workers or usable_cores())
+        _work_together(work, values, workers or usable_cores(team.sharing), team)
+    hashed = work.found
     if has_bytes:
-        findings += [*work.findings, *judge_hashes(claims, sizes, work.hashes)]
-        checks.append(work.check())
+        findings += [*hashed.findings, *judge_hashes(claims, sizes, hashed.hashes)]
+        checks.append(hashed.check())
     if has_values:
         findings += [] if other is None else judge_against(subject, other)
         wrong, more = _conclude(subject, values, claims)
@@ -124,15 +135,39 @@ def judge(
         checks += more
     said = None
     if fingerprint is not None:
-        wrong, check, said = _forward(subject, fingerprint, gate, workers, progress)
+        wrong, check, said = _forward(subject, fingerprint, gate, workers, progress, team)
         findings += wrong
         checks.append(check)
-    digests = {} if values is None else values.digests
-    report = Report(
-        str(path), level, tuple(checks), ordered(findings),
-        _model_digest(subject, digests), time.monotonic() - began, said,
+    digests = {} if values is None else values.found.digests
+    report = team.lead(
+        lambda: Report(
+            str(path), level, tuple(checks), ordered(findings),
+            _model_digest(subject, digests), time.monotonic() - began, said,
+        )
     )  # fmt: skip
-    return Judgement(report, subject, sizes, work.hashes, digests)
+    return Judgement(report, subject, sizes, hashed.hashes, digests)
+
+
+def _work_together(work: Work, values: ValuesPass | None, workers: int, team: Team) -> None:
+    """Each process does its part; what all have found is then in the first's."""
+    if team.size > 1:
+        weights = {} if values is None else values.sizes()
+        files = {file: work.sizes[file] for file in work.to_hash}
+        seen = [sorted(held.items()) for held in (work.sizes, files, weights)]
+        team.agree(lambda: blake3(repr(seen).encode()).hexdigest(), "checkpoint")
+        mine = divided(files, weights, team.size)[team.rank]
+        work.to_hash = {file: kinds for file, kinds in work.to_hash.items() if file in mine.files}
+        if values is not None:
+            values.choose(mine.weights)
+
+    def part() -> tuple[Hashed, Found | None]:
+        work.run(values, workers)
+        return work.found, None if values is None else values.found
+
+    for hashed, found in team.gather(part)[1:]:
+        work.found.add(hashed)
+        if values is not None and found is not None:
+            values.found.add(found)
 
 
 def _check_request(level: str, against: str | Path | None, fingerprint: Path | None) -> None:
@@ -187,6 +222,7 @@ def _forward(
     gate: Gate | None,
     workers: int | None,
     progress: Progress,
+    team: Team,
 ) -> tuple[list[Finding], Check, str]:
     """The pass, unless a weight is missing: the other levels say which."""
     from dsv4_quant.validators.forward import check_fingerprint  # only here: it loads PyTorch
@@ -199,7 +235,7 @@ def _forward(
         return [found], Check("forward"), text
     with ckpt:
         verdict = check_fingerprint(
-            ckpt, fingerprint, gate=gate, threads=workers, progress=progress
+            ckpt, fingerprint, gate=gate, threads=workers, progress=progress, team=team
         )
     check = Check("forward", tensors=verdict.weights, seconds=time.monotonic() - began)
     return list(verdict.findings), check, verdict.text

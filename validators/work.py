@@ -1,7 +1,8 @@
 """The queue of a judgement: files to hash and panels to judge, on several threads.
 
 Both kinds stand in one queue, file by file: of a file that is read for both, the second reading
-comes from the page cache.
+comes from the page cache. Of several processes each has a queue of its own; ``Hashed`` and
+``values.Found`` are what they bring together.
 """
 
 from __future__ import annotations
@@ -28,6 +29,27 @@ CHUNK = 4 << 20
 
 
 @dataclass(slots=True)
+class Hashed:
+    """What came out of hashing files."""
+
+    hashes: dict[str, Hashes] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def add(self, other: Hashed) -> None:
+        """Other files, hashed by another process."""
+        self.hashes |= other.hashes
+        self.findings += other.findings
+        self.seconds += other.seconds
+        self.bytes += other.bytes
+
+    def check(self) -> Check:
+        """What the hashing looked at."""
+        return Check("checksums", len(self.hashes), 0, self.bytes, 0, self.seconds)
+
+
+@dataclass(slots=True)
 class Work:
     """Files to hash, and what came out."""
 
@@ -36,10 +58,7 @@ class Work:
     progress: Progress
     to_hash: Mapping[str, Collection[HashKind]] = field(default_factory=dict)
     """File -> kinds of hashes that are wanted of it."""
-    hashes: dict[str, Hashes] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    seconds: float = 0.0
-    bytes: int = 0
+    found: Hashed = field(default_factory=Hashed)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, values: ValuesPass | None, workers: int) -> None:
@@ -74,16 +93,12 @@ class Work:
         try:
             found = hash_file(self.root / file, self.to_hash[file], buffer, self.progress.advance)
         except OSError as wrong:
-            self.findings.append(
+            self.found.findings.append(
                 error("bytes", f"cannot be read: {wrong.strerror}",
                       "The disk or the network does not give these bytes.", file=file)
             )  # fmt: skip
             return
         with self._lock:
-            self.hashes[file] = found
-            self.seconds += time.perf_counter() - began
-            self.bytes += self.sizes[file]
-
-    def check(self) -> Check:
-        """What the hashing looked at."""
-        return Check("checksums", len(self.hashes), 0, self.bytes, 0, self.seconds)
+            self.found.hashes[file] = found
+            self.found.seconds += time.perf_counter() - began
+            self.found.bytes += self.sizes[file]

@@ -20,15 +20,15 @@ from dsv4_quant.conversion.operations import Panel, refuse_nan
 from dsv4_quant.formats import e8m0
 from dsv4_quant.formats.blocks import Tensor
 from dsv4_quant.formats.rules import ScaleRule
-from dsv4_quant.kernels.figures_numba import Figures
+from dsv4_quant.kernels.figures import Figures
 from dsv4_quant.kernels.fp4_to_bf16_numba import fp4_to_bf16
 from dsv4_quant.kernels.fp4_to_fp8_numba import fp4_to_fp8, fp8_scales
 from dsv4_quant.kernels.fp8_to_bf16_numba import fp8_to_bf16
 from dsv4_quant.kernels.fp8_to_f32_numba import fp8_to_f32
 from dsv4_quant.kernels.jit_numba import INEXACT, NAN
+from dsv4_quant.kernels.jit_numba import INEXACT, NAN
 from dsv4_quant.kernels.quantise_fp4_numba import quantise_fp4
 from dsv4_quant.kernels.quantise_fp8_numba import quantise_fp8
-from dsv4_quant.kernels.round_bf16_numba import round_bf16
 
 Array = NDArray[Any]
 
@@ -47,6 +47,8 @@ def requantise(panel: Panel, rule: ScaleRule) -> Rounded:
     rows, cols = values.shape
     at = np.zeros(3, np.int64)
     if after.kind == "bf16":
+        from dsv4_quant.kernels.round_bf16_numba import round_bf16
+
         figures, half = Figures.empty(rows), np.empty((rows, cols), np.uint16)
         _check(panel, round_bf16(values, half, figures, at), at)
         return Rounded(Tensor(after, (rows, cols), half), figures)
@@ -56,7 +58,7 @@ def requantise(panel: Panel, rule: ScaleRule) -> Rounded:
     _quantise(panel, values, rule, scales, codes, figures)
     if panel.tensor.format.kind == "fp4":
         _keep_exact_tiles(panel, codes, scales)
-        figures.count_scales(scales)
+        figures.scales[:] = np.bincount(scales.reshape(-1), minlength=256)
     held = e8m0.VALUES[scales] if after.scale == "f32" else scales
     return Rounded(Tensor(after, (rows, cols), codes, held), figures)
 

@@ -69,6 +69,10 @@ class ConvertReport:
     bytes: int
     resumed_bytes: int
     seconds: float
+    before: Mapping[str, TensorSpec]
+    """The source's weights by name: how they were stored."""
+    after: Mapping[str, TensorSpec]
+    """The output's."""
 
 
 def convert(
@@ -121,7 +125,9 @@ def convert(
             ) from None
         finally:
             work.close()
-    return ConvertReport(target, manifest, plan.bytes, done, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    before, after = plan.source.specs, plan.catalogue.specs
+    return ConvertReport(target, manifest, plan.bytes, done, seconds, before, after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from dsv4_quant.formats.cost import Cost
 from dsv4_quant.progress import Progress
 
 if TYPE_CHECKING:
-    from dsv4_quant.kernels.figures_numba import Figures
+    from dsv4_quant.kernels.figures import Figures
 
 BATCH_BYTES = 1 << 20
 """Small tensors are handed out together until they are worth a thread's while."""
@@ -261,7 +261,7 @@ class Stream:
                 if self._stated.get(name, read) != read:
                     raise not_as_stated(self._plan.source, name)
                 written = weight.written.hexdigest() if step.lossy else read
-                cost = _cost(step, weight.figures) if step.lossy else None
+                cost = _cost(weight.figures) if step.lossy else None
                 self.results[name] = Result(read, written, weight.proof, cost)
                 del self._open[index]
 
@@ -350,12 +350,11 @@ class Stream:
             file.close()
 
 
-def _cost(step: Step, figures: Mapping[int, Figures]) -> Cost:
+def _cost(figures: Mapping[int, Figures]) -> Cost:
     """Of a whole weight, from its panels' figures."""
-    from dsv4_quant.kernels.figures_numba import cost_of
+    from dsv4_quant.kernels.figures import cost  # numba, which only rounding needs here
 
-    rows, cols = step.spec.matrix
-    return cost_of([figures[first] for first in sorted(figures)], rows * cols)
+    return cost(figures[first] for first in sorted(figures))
 
 
 def read_scales(source: Checkpoint, spec: TensorSpec, start: int, stop: int) -> NDArray[Any]:

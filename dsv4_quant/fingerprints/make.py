@@ -14,7 +14,8 @@ from dsv4_quant.fingerprints.file import check_size
 from dsv4_quant.fingerprints.prompts import choose_prompts
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Activations, Arithmetic, make_script
-from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.progress import Progress
+from dsv4_quant.team import Team
 
 
 def make_fingerprint(
@@ -26,6 +27,7 @@ def make_fingerprint(
     digest: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Fingerprint:
     """What a checkpoint says on fixed prompts.
 
@@ -33,14 +35,16 @@ def make_fingerprint(
         path: the folder, in any layout.
         prompts: token ids; if not given, prompts that exercise the model (``prompts``).
         digest: compute the value digest where no manifest states it; reads every byte.
-        threads: for the pass; they change no bit.
+        threads: of a process, for the pass; they change no bit.
+        team: the processes that share the prompts.
 
     Raises:
         UnreadableError: the folder is no checkpoint.
         UsageError: the prompts are too many or too long, or hold ids that the model has not.
         NotANumberError: the pass gives NaN.
     """
-    progress = progress or NoProgress()
+    team = team or Team()
+    progress = team.watched(progress)
     with Checkpoint.open(path) as ckpt:
         progress.stage("choosing prompts")
         chosen = choose_prompts(ckpt) if prompts is None else prompts
@@ -49,8 +53,10 @@ def make_fingerprint(
         known = known_digest(ckpt.root)
         if digest and known is None:
             progress.stage("value digest")
-            known = model_digest(digest_tensors(ckpt, progress=progress))
-        recording = record(ckpt, script, value_digest=known, threads=threads, progress=progress)
+            known = model_digest(digest_tensors(ckpt, progress=progress, team=team))
+        recording = record(
+            ckpt, script, value_digest=known, threads=threads, progress=progress, team=team
+        )
         return recording.fingerprint
 
 

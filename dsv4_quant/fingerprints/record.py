@@ -1,4 +1,8 @@
-"""Runs a script on a checkpoint and condenses the pass into a fingerprint."""
+"""Runs a script on a checkpoint and condenses the pass into a fingerprint.
+
+Several processes share the prompts: no bit of a prompt depends on those beside it. Each of them
+reads every layer, and the longest prompt is the most that one has to compute.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,26 @@ from numpy.typing import NDArray
 
 from dsv4_quant import __version__
 from dsv4_quant.checkpoint import Checkpoint
+from dsv4_quant.checkpoint.panels import usable_cores
 from dsv4_quant.errors import NotANumberError
 from dsv4_quant.fingerprints.coverage import coverage
 from dsv4_quant.fingerprints.document import TOP, Fingerprint, Measured, Spot, describe_model
 from dsv4_quant.fingerprints.machine import Machine
+from dsv4_quant.fingerprints.part import Part, joined
 from dsv4_quant.fingerprints.script import Script
 from dsv4_quant.fingerprints.sketch import digest
 from dsv4_quant.fingerprints.tables import tables
 from dsv4_quant.fingerprints.watcher import Routes, Watcher
 from dsv4_quant.model import forward
-from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.progress import Progress
+from dsv4_quant.team import Team
+from dsv4_quant.team.shares import shares
 
 TOOL = f"dsv4-quant {__version__}"
 
 Floats = NDArray[np.float32]
+
+SAME_MACHINES = "Equal bits need processors of one kind and one version of PyTorch."
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,47 +52,68 @@ def record(
     value_digest: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Recording:
     """One forward pass.
 
     Args:
         value_digest: of the checkpoint, if it is known; it is written down.
-        threads: they change no bit.
+        threads: of a process; they change no bit.
+        team: the processes that share the prompts; all of them get the recording.
 
     Raises:
         UsageError: tokens that the model does not have.
         NotANumberError: a table or a layer's streams hold NaN or infinity; the pass ends there.
     """
-    progress = progress or NoProgress()
-    held = tables(ckpt, mtp=script.mtp, threads=threads, progress=progress)
+    team = team or Team()
+    progress = team.watched(progress)
+    team.agree(lambda: repr(Machine.here()), "class of machine", hint=SAME_MACHINES)
+    threads = threads or (usable_cores(team.sharing) if team.size > 1 else None)
+    held = tables(ckpt, mtp=script.mtp, threads=threads, progress=progress, team=team)
     progress.stage("forward pass", "steps")
-    watcher = Watcher(script, progress)
+    mine = shares(dict(enumerate(script.lengths)), team.size)[team.rank]
+    parts = team.gather(lambda: _run(ckpt, script, mine, threads, progress) if mine else None)
+    found = team.lead(lambda: joined(script, [part for part in parts if part is not None]))
+    measured = Measured(
+        machine=Machine.here(),
+        model=describe_model(ckpt.config),
+        formats=formats(ckpt),
+        value_digest=value_digest,
+        coverage=coverage(ckpt.config, script, found.experts_hit),
+        experts_hit=found.experts_hit,
+        tables=held,
+        logits=found.logits,
+        mtp_logits=found.mtp_logits,
+        streams=found.streams,
+    )
+    spots = tuple(tuple(_spot(row) for row in rows) for rows in found.kept)
+    return Recording(Fingerprint(TOOL, script, spots, measured), found.kept, found.routes)
+
+
+def _run(
+    ckpt: Checkpoint, script: Script, prompts: list[int], threads: int | None, progress: Progress
+) -> Part:
+    """What a pass shows of some prompts."""
+    some = script.only(prompts)
+    watcher = Watcher(some, progress)
     result = forward(
-        ckpt, script.prompts,
+        ckpt, some.prompts,
         arithmetic=script.arithmetic, activations=script.activations, mtp=script.mtp,
         observer=watcher, threads=threads,
     )  # fmt: skip
     logits = [prompt.numpy() for prompt in result.logits]
-    digests = tuple(digest(prompt) for prompt in logits)
-    mtp_digests = tuple(digest(prompt.numpy()) for prompt in result.mtp_logits or ())
-    if not all(np.isfinite(one.norm) for one in (*digests, *mtp_digests)):
-        raise NotANumberError("The logits hold NaN or infinity, the streams do not: see the head")
-    config = ckpt.config
-    kept = tuple(prompt[list(places)] for prompt, places in zip(logits, script.spots, strict=True))
-    measured = Measured(
-        machine=Machine.here(),
-        model=describe_model(config),
-        formats=formats(ckpt),
-        value_digest=value_digest,
-        coverage=coverage(config, script, result.experts_hit),
-        experts_hit=tuple(tuple(experts) for experts in result.experts_hit),
-        tables=held,
-        logits=digests,
-        mtp_logits=mtp_digests,
+    part = Part(
+        prompts=tuple(prompts),
+        logits=tuple(digest(prompt) for prompt in logits),
+        mtp_logits=tuple(digest(prompt.numpy()) for prompt in result.mtp_logits or ()),
+        kept=tuple(p[list(places)] for p, places in zip(logits, some.spots, strict=True)),
         streams=tuple(watcher.streams_seen),
+        routes=watcher.routes,
+        experts_hit=tuple(tuple(experts) for experts in result.experts_hit),
     )
-    spots = tuple(tuple(_spot(row) for row in rows) for rows in kept)
-    return Recording(Fingerprint(TOOL, script, spots, measured), kept, watcher.routes)
+    if not all(np.isfinite(one.norm) for one in (*part.logits, *part.mtp_logits)):
+        raise NotANumberError("The logits hold NaN or infinity, the streams do not: see the head")
+    return part
 
 
 def _spot(row: Floats) -> Spot:

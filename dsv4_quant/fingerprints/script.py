@@ -8,7 +8,7 @@ from there, to experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dsv4_quant.catalogue import CSA_RATIO
@@ -41,6 +41,15 @@ class Script:
     def lengths(self) -> list[int]:
         """Tokens per prompt."""
         return [len(prompt) for prompt in self.prompts]
+
+    def only(self, prompts: Sequence[int]) -> Script:
+        """The same for some of the prompts, by number."""
+        return replace(
+            self,
+            prompts=tuple(self.prompts[prompt] for prompt in prompts),
+            spots=tuple(self.spots[prompt] for prompt in prompts),
+            rows=tuple(self.rows[prompt] for prompt in prompts),
+        )
 
 
 def make_script(

@@ -13,13 +13,19 @@ from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.digesting import digest_tensors
 from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.team import Team
 
 HIDDEN = ("gate.bias", "gate.tid2eid", "attn.indexer.", "embed.weight")
 """What the names of such weights hold."""
 
 
 def tables(
-    ckpt: Checkpoint, *, mtp: bool, threads: int | None = None, progress: Progress | None = None
+    ckpt: Checkpoint,
+    *,
+    mtp: bool,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    team: Team | None = None,
 ) -> dict[str, str]:
     """Group -> digest of its values, 32 hex digits; a group is a layer's prefix or ``embed``.
 
@@ -36,7 +42,7 @@ def tables(
         if any(part in spec.name for part in HIDDEN)
         and (mtp or spec.layer is None or spec.layer < ckpt.config.num_hidden_layers)
     }
-    digests = digest_tensors(ckpt, groups, workers=threads, progress=progress)
+    digests = digest_tensors(ckpt, groups, workers=threads, progress=progress, team=team)
     return {
         group: model_digest({name: digests[name] for name in groups if groups[name] == group})[:32]
         for group in dict.fromkeys(groups.values())

@@ -49,6 +49,7 @@ class Watcher(Observer):
 
     def streams(self, layer: int, part: Part, prompt: int, h: Tensor) -> None:
         """Called for one prompt after the other."""
+        self._progress.advance(0)  # a layer may take minutes: here the pass can be stopped
         values = h.flatten(1).numpy()  # [t, s * d]
         self._digests.append(digest(values))
         self._rows += row_hashes(values[list(self._script.rows[prompt])])

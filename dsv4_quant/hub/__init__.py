@@ -9,7 +9,8 @@ ids         what is an id; which files count; what the hub's errors mean
 download    ``resolve``
 repository  one commit: its files, sizes and hashes
 connection  any range of a file, whatever breaks on the way
-headers     ``opened``: a folder of true headers and holes
+source      ``opened``
+headers     a folder of true headers and holes
 schedule    which ranges of which files must be here for which steps, as pure data
 window      waits for bytes that are needed, admits what fits, frees what has served
 fetch       one file or some ranges of it, checked as they pass
@@ -21,5 +22,6 @@ from __future__ import annotations
 
 from dsv4_quant.hub.download import resolve
 from dsv4_quant.hub.published import published_sha256
+from dsv4_quant.hub.source import Source, opened
 
-__all__ = ["published_sha256", "resolve"]
+__all__ = ["Source", "opened", "published_sha256", "resolve"]

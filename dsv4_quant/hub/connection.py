@@ -16,7 +16,6 @@ from dsv4_quant.errors import SourceChangedError
 from dsv4_quant.hub.ids import explain
 from dsv4_quant.hub.repository import RemoteFile, Repository
 
-CHUNK_BYTES = 1 << 20
 FRUITLESS = 9
 """Requests on end without a new byte before the hub is given up: two minutes, if it says nothing
 itself."""
@@ -81,7 +80,7 @@ class Connection:
         ) as response:  # fmt: skip
             hf_raise_for_status(response)
             self._check_answer(file, at, response)
-            for piece in response.iter_raw(CHUNK_BYTES):
+            for piece in response.iter_raw():  # as it comes: what came before a break counts
                 yield piece[: stop - at]
                 at += len(piece)
                 if at >= stop:

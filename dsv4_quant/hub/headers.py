@@ -1,4 +1,4 @@
-"""``opened``: a checkpoint on the hub as a folder of true headers and holes.
+"""A checkpoint on the hub as a folder of true headers and holes.
 
 Everything that headers and small files tell (what a checkpoint holds, how it would be converted,
 whether its structure is sound) needs a few MB of a repository. They are put into a temporary
@@ -8,11 +8,9 @@ takes no room. ``Arrivals`` brings the data themselves, where they are needed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +26,8 @@ from dsv4_quant.hub.repository import (
     header_end,
     wrong_hash,
 )
-from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.hub.source import Source
+from dsv4_quant.progress import Progress
 
 FIRST_BYTES = 256 << 10
 """What is asked of a weight file at first: all of most released shards' headers."""
@@ -40,35 +39,11 @@ REQUESTS = 8
 """In flight at once: each waits for two round trips and little else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A checkpoint: its folder, and what brings its data where the folder holds only headers."""
-
-    folder: Path
-    arrivals: Arrivals | None = None
-
-
 @contextmanager
-def opened(
-    src: str | Path,
-    *,
-    progress: Progress | None = None,
-    cache: Path | None = None,
-    endpoint: str | None = None,
-    pause: float = 1.0,
+def fetched(
+    src: str | Path, progress: Progress, cache: Path | None, endpoint: str | None, pause: float
 ) -> Iterator[Source]:
-    """A checkpoint's folder or id, without downloading its weights.
-
-    A folder is taken as it is, and so is what huggingface-hub's cache (or ``cache``) holds complete
-    of this commit. For everything else a temporary folder of headers exists until the block ends.
-    Where the hub cannot be reached the cache must do, as in ``resolve``. ``pause`` is the first
-    wait, in seconds, after a failure. Raises what ``resolve`` raises, and SourceDamagedError at
-    bytes that do not have the hash that the hub published.
-    """
-    if os.path.lexists(src):
-        yield Source(Path(src))
-        return
-    progress = progress or NoProgress()
+    """``opened`` of an id."""
     repository = _ask(*parse_id(src), endpoint, pause)
     held = None if repository is None else _in_cache(repository, cache)
     if repository is None or held is not None:

@@ -68,6 +68,6 @@ def explain(repo: str, revision: str | None, error: Exception) -> NoReturn:
     else:
         found = UnreadableError(
             f"The download of {repo} failed: {cause}",
-            hint="Run the same command again: files that are complete are kept.",
+            hint="Run the same command again: what is complete is kept.",
         )
     raise found from None

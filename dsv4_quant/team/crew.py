@@ -12,13 +12,14 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import repeat
 from typing import Any, TypeVar
 
 from dsv4_quant.errors import TeamError
 from dsv4_quant.progress import NoProgress, Progress
 from dsv4_quant.team.board import Board, pack, pack_error, put, take, unpack
 from dsv4_quant.team.launch import launched
-from dsv4_quant.team.team import Team
+from dsv4_quant.team.team import SAME_PATHS, Team
 from dsv4_quant.team.watch import LEFT, Member, Watch
 from dsv4_quant.team.watched import State, Watched
 
@@ -91,9 +92,15 @@ class Crew(Team):
         """Every process does its part: the first gets all results by rank, the others nothing."""
         mine, key = self._done(work), self._next()
         if not self.is_first:
-            self._asked(lambda: put(self._board, f"{key}/{self.rank}", mine))
+            part = mine, self._shown.state()
+            self._asked(lambda: put(self._board, f"{key}/{self.rank}", part))
             return []
-        return [mine, *(self._awaited(f"{key}/{other}", other) for other in self._others)]
+        return [mine, *map(self._part_of, self._others, repeat(key))]
+
+    def _part_of(self, rank: int, key: str) -> Any:
+        part, self._states[rank] = self._awaited(f"{key}/{rank}", rank)
+        self._shown.show(self._states.values())
+        return part
 
     def lead(self, work: Callable[[], T]) -> T:
         """The first process does it, and all get its result."""
@@ -105,10 +112,10 @@ class Crew(Team):
         found: T = self._awaited(key, 0)
         return found
 
-    def agree(self, look: Callable[[], str], what: str) -> None:
+    def agree(self, look: Callable[[], str], what: str, *, hint: str = SAME_PATHS) -> None:
         """Raises TeamError, which names the process, where one sees something else."""
         seen = self.gather(look)
-        self.lead(lambda: _compare(seen, what))
+        self.lead(lambda: _compare(seen, what, hint))
 
     def _next(self) -> str:
         self._rounds += 1
@@ -262,10 +269,7 @@ class Crew(Team):
         )
 
 
-def _compare(seen: list[str], what: str) -> None:
+def _compare(seen: list[str], what: str, hint: str) -> None:
     for rank, one in enumerate(seen):
         if one != seen[0]:
-            raise TeamError(
-                f"Process {rank} sees another {what} than process 0",
-                hint="Give all processes the same paths, on a filesystem that they share.",
-            )
+            raise TeamError(f"Process {rank} sees another {what} than process 0", hint=hint)

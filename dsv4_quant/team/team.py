@@ -13,6 +13,8 @@ from dsv4_quant.progress import NoProgress, Progress
 
 T = TypeVar("T")
 
+SAME_PATHS = "Give all processes the same paths, on a filesystem that they share."
+
 
 class Team:
     """The processes that share a job, seen by one of them. This one is alone."""
@@ -36,7 +38,7 @@ class Team:
         """The first process does it, and all get its result."""
         return work()
 
-    def agree(self, look: Callable[[], str], what: str) -> None:
+    def agree(self, look: Callable[[], str], what: str, *, hint: str = SAME_PATHS) -> None:
         """Raises TeamError, which names the process, where one sees something else."""
 
     def watched(self, progress: Progress | None) -> Progress:

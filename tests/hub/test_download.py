@@ -276,5 +276,5 @@ def test_any_other_failure_is_one_paragraph(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     with pytest.raises(UnreadableError, match="Consistency check failed: file") as caught:
         resolve("someone/tiny", cache=tmp_path)
-    assert "files that are complete are kept" in str(caught.value)
+    assert "what is complete is kept" in str(caught.value)
     assert len(str(caught.value)) < 600 and str(caught.value).isprintable()

@@ -172,6 +172,8 @@ class TestALostProcess:
         board = MemoryBoard()
 
         def program(team: Crew) -> None:
+            team.gather(lambda: None)  # all have come
+
             def work() -> None:
                 if team.rank == lost:
                     team._closing.set()  # it says nothing any more
