@@ -1,54 +1,104 @@
-"""``python -m benchmarks [--size GB] [--rounds N] [--json FILE] [--against FILE]``."""
+"""``python -m benchmarks``: all sections, or those named; about ten minutes as it is.
+
+python -m benchmarks --size 3 --sizes 1 3 10 --json now.json --markdown benchmarks/RESULTS.md
+python -m benchmarks planning --against before.json
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from benchmarks.conversion import Row, measure
+from benchmarks import conversion, planning, scaling
+from benchmarks.rows import Row, Section, described, markdown, table
 from benchmarks.timing import machine
+
+Measure = Callable[[Path, argparse.Namespace], list[Row]]
+
+SECTIONS: dict[str, tuple[str, str, Measure]] = {
+    "planning": (
+        "Planning V4-Pro: 145,116 tensors, 865 GB, from headers alone",
+        "reads",
+        lambda folder, options: planning.measure(folder, options.rounds),
+    ),
+    "memory": (
+        "Peak memory under `--max-memory`",
+        "--max-memory",
+        lambda folder, options: scaling.measure_bounds(folder, options.size),
+    ),
+    "scaling": (
+        "Time and memory against size and threads, cold source",
+        "threads, size",
+        lambda folder, options: scaling.measure_scaling(folder, options.sizes, 1),
+    ),
+    "conversion": (
+        "Against `cp` and sync of the same bytes",
+        "source",
+        lambda folder, options: conversion.measure(
+            folder, options.size, options.rounds, published=not options.no_published
+        ),
+    ),
+}
+"""Name -> title, head of the column that tells a job's rows apart, and what measures it."""
 
 
 def main() -> None:
-    """Measures, prints a Markdown table, and writes JSON for a later comparison."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--size", type=float, default=3.0, metavar="GB", help="default 3")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--folder", type=Path, help="where to work; needs 4 times the size")
-    parser.add_argument("--no-published", action="store_true", help="leave out plain PyTorch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with that result")
-    options = parser.parse_args()
+    """Measures, prints Markdown tables, and writes what was asked for."""
+    options = parser().parse_args()
+    before = json.loads(options.against.read_text()) if options.against else {}
+    sections = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = measure(
-            Path(folder), options.size, options.rounds, published=not options.no_published
-        )
-    result = {"machine": machine(), "gigabytes": options.size, "rows": [asdict(r) for r in rows]}
+        for name in options.sections or SECTIONS:
+            title, how, measure = SECTIONS[name]
+            print(title, file=sys.stderr, flush=True)
+            sections.append(Section(name, title, how, tuple(measure(Path(folder), options))))
+    page = markdown(sections, before, machine(), command(sys.argv[1:]))
+    print(page, end="")
+    result = {"machine": machine(), "sections": [asdict(section) for section in sections]}
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
-    before = json.loads(options.against.read_text())["rows"] if options.against else []
-    print(markdown(rows, before))
-    print("\n" + ", ".join(f"{key} {value}" for key, value in machine().items()))
+    if options.markdown:
+        options.markdown.write_text(page)
+    for section in sections:
+        if options.plot and section.name == "scaling":
+            options.plot.write_text(scaling.plot(section.rows))
 
 
-def markdown(rows: list[Row], before: list[dict[str, object]]) -> str:
-    """The table; with an earlier result, its ratios beside."""
-    earlier = {(row["job"], row["cache"]): row["ratio"] for row in before}
-    lines = [
-        "| job | source | time | x `cp`+sync | CPU | peak memory |"
-        + (" before |" if before else "")
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|" + ("---:|" if before else ""))
-    for row in rows:
-        line = (
-            f"| {row.job} | {row.cache} | {row.seconds:.1f} s | {row.ratio:.2f} |"
-            f" {row.cpu:.1f} s | {row.peak / 2**20:.0f} MiB |"
-        )
-        lines.append(line + (f" {earlier.get((row.job, row.cache), '')} |" if before else ""))
-    return "\n".join(lines)
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("sections", nargs="*", metavar="SECTION", choices=[*SECTIONS, []],
+                      help=", ".join(SECTIONS))  # fmt: skip
+    made.add_argument("--size", type=float, default=2.0, metavar="GB", help="default 2")
+    made.add_argument("--sizes", type=float, nargs="+", default=[1.0, 2.0, 4.0], metavar="GB",
+                      help="of scaling; default 1 2 4")  # fmt: skip
+    made.add_argument("--rounds", type=int, default=3, metavar="N", help="default 3")
+    made.add_argument("--folder", type=Path, help="where to work; needs 10 times the size")
+    made.add_argument("--no-published", action="store_true", help="leave out plain PyTorch")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    made.add_argument("--markdown", type=Path, metavar="FILE", help="write the page")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="write scaling as SVG")
+    made.add_argument("--against", type=Path, metavar="FILE", help="compare with that --json")
+    return made
+
+
+def command(arguments: list[str]) -> str:
+    """How to repeat it; where it worked and wrote is nobody's business."""
+    options = parser().parse_args(arguments)
+    words: list[Any] = ["python -m benchmarks", *options.sections, "--size", f"{options.size:g}"]
+    words += ["--sizes", *(f"{size:g}" for size in options.sizes), "--rounds", options.rounds]
+    words += ["--no-published"] if options.no_published else []
+    return " ".join(map(str, words))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Convert, verify and digest against ``cp`` plus sync of the same output bytes, in one run.
+"""Convert, verify, digest and ``sha256sum`` against ``cp`` plus sync of the same bytes, in one run.
 
 The checkpoint is synthetic, one layer of V4-Flash's widths with fewer experts and words, so that
 it is about the size asked for. Each figure is a ratio to a ``cp`` that ran right before it, and
@@ -9,14 +9,12 @@ way. Absolute times on a shared disk say little, ratios say enough.
 from __future__ import annotations
 
 import json
-import shutil
-import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import Run, copy, dsv4, forget, run, warm
+from benchmarks.rows import Row, median
+from benchmarks.timing import copy, dsv4, forget, remove, run, size_of, warm
 
 ROOT = Path(__file__).parent.parent
 FLASH = ROOT / "tests" / "configs" / "V4-Flash.json"
@@ -24,20 +22,11 @@ ORACLE = ROOT / "tests" / "oracle" / "published_converter.py"
 BYTES_PER_EXPERT = 13_369_344
 
 
-@dataclass(frozen=True)
-class Row:
-    """One job: seconds, its ratio to cp+sync of its output, CPU seconds, peak memory."""
-
-    job: str
-    cache: str
-    seconds: float
-    ratio: float
-    cpu: float
-    peak: int
-
-
 def checkpoint(folder: Path, gigabytes: float) -> Path:
-    """A V4-Flash-shaped checkpoint of about that many GB: one layer, one vocabulary in eight."""
+    """A V4-Flash-shaped checkpoint of about that many GB: one layer, one vocabulary in eight.
+
+    Half a GB is the least: what is not experts, and an expert for each of eight GPUs.
+    """
     config = json.loads(FLASH.read_text())
     config["vocab_size"] = 16160
     config["num_nextn_predict_layers"] = 0
@@ -56,10 +45,12 @@ JOBS: dict[str, list[str]] = {
     "FP4 to FP8, 8 GPUs": ["convert", "SRC", "OUT", "--gpus", "8", "--experts", "fp8"],
     "FP4 to BF16, hf": ["convert", "SRC", "OUT", "--layout", "hf", "--experts", "bf16"],
 }
+DSV4 = [sys.executable, "-m", "dsv4_quant"]
 CHECKS: dict[str, list[str]] = {
-    "verify --level checksums": ["verify", "SRC", "--level", "checksums"],
-    "verify --level values": ["verify", "SRC", "--level", "values"],
-    "digest": ["digest", "SRC"],
+    "verify --level checksums": [*DSV4, "verify", "SRC", "--level", "checksums", "--quiet"],
+    "verify --level values": [*DSV4, "verify", "SRC", "--level", "values", "--quiet"],
+    "digest": [*DSV4, "digest", "SRC", "--quiet"],
+    "sha256sum": ["sh", "-c", 'find "$0" -type f -exec sha256sum {} +', "SRC"],
 }
 
 
@@ -70,14 +61,15 @@ def measure(folder: Path, gigabytes: float, rounds: int, *, published: bool) -> 
     for cache, prepare in (("cold", forget), ("warm", warm)):
         for job, arguments in JOBS.items():
             rows.append(_job(job, cache, arguments, source, folder, prepare, rounds))
-            print(_line(rows[-1]), file=sys.stderr, flush=True)
+        rows.append(_yardstick(cache, source, folder, prepare, rounds))
     out = folder / "checked"
     dsv4("convert", str(source), str(out), "--gpus", "8", "--quiet")
-    for job, arguments in CHECKS.items():
-        rows.append(_check(job, arguments, out, folder, rounds))
-        print(_line(rows[-1]), file=sys.stderr, flush=True)
+    for job, command in CHECKS.items():
+        rows.append(_check(job, command, out, folder, rounds))
     if published:
         rows += _published(source, folder)
+    remove(source)
+    remove(out)
     return rows
 
 
@@ -91,30 +83,40 @@ def _job(
     rounds: int,
 ) -> Row:
     out, copied = folder / "out", folder / "copied"
-    runs: list[tuple[Run, float]] = []
+    runs, ratios = [], []
     for _ in range(rounds):
         prepare(source)
-        _remove(out)
-        ours = dsv4(*(_fill(a, source, out) for a in arguments), "--quiet")
+        remove(out)
+        runs.append(dsv4(*filled(arguments, source, out), "--quiet"))
         prepare(out)
-        theirs = copy(out, copied)
-        _remove(copied)
-        runs.append((ours, ours.wall / theirs.wall))
-    _remove(out)
-    return _median(job, cache, runs)
+        ratios.append(runs[-1].wall / copy(out, copied).wall)
+        remove(copied)
+    nbytes = size_of(out)
+    remove(out)
+    return median(job, cache, runs, nbytes=nbytes, ratios=ratios)
 
 
-def _check(job: str, arguments: list[str], source: Path, folder: Path, rounds: int) -> Row:
-    """A job that writes nothing, against cp+sync of what it reads."""
+def _yardstick(
+    cache: str, source: Path, folder: Path, prepare: Callable[[Path], None], rounds: int
+) -> Row:
     runs = []
     for _ in range(rounds):
+        prepare(source)
+        runs.append(copy(source, folder / "copied"))
+        remove(folder / "copied")
+    return median("cp and sync", cache, runs, nbytes=size_of(source))
+
+
+def _check(job: str, command: list[str], source: Path, folder: Path, rounds: int) -> Row:
+    """A job that writes nothing, against cp+sync of what it reads."""
+    runs, ratios = [], []
+    for _ in range(rounds):
         forget(source)
-        ours = dsv4(*(_fill(a, source, folder) for a in arguments), "--quiet")
+        runs.append(run(filled(command, source, folder)))
         forget(source)
-        theirs = copy(source, folder / "copied")
-        _remove(folder / "copied")
-        runs.append((ours, ours.wall / theirs.wall))
-    return _median(job, "cold", runs)
+        ratios.append(runs[-1].wall / copy(source, folder / "copied").wall)
+        remove(folder / "copied")
+    return median(job, "cold", runs, nbytes=size_of(source), ratios=ratios)
 
 
 def _published(source: Path, folder: Path) -> list[Row]:
@@ -125,41 +127,20 @@ def _published(source: Path, folder: Path) -> list[Row]:
         ("FP4 to FP8, 8 GPUs", ["--expert-dtype", "fp8"]),
     ):
         out = folder / "out"
-        _remove(out)
+        remove(out)
         warm(source)
         ours = run([sys.executable, str(ORACLE), str(source), str(out), "--ranks", "8", *extra])
         warm(out)
-        theirs = copy(out, folder / "copied")
-        _remove(folder / "copied")
-        _remove(out)
-        row = _median(f"plain PyTorch: {job}", "warm", [(ours, ours.wall / theirs.wall)])
-        print(_line(row), file=sys.stderr, flush=True)
-        rows.append(row)
+        ratio = ours.wall / copy(out, folder / "copied").wall
+        rows.append(
+            median(f"plain PyTorch: {job}", "warm", [ours], nbytes=size_of(out), ratios=[ratio])
+        )
+        remove(folder / "copied")
+        remove(out)
     return rows
 
 
-def _fill(argument: str, source: Path, out: Path) -> str:
-    return {"SRC": str(source), "OUT": str(out)}.get(argument, argument)
-
-
-def _median(job: str, cache: str, runs: list[tuple[Run, float]]) -> Row:
-    return Row(
-        job,
-        cache,
-        round(statistics.median(r.wall for r, _ in runs), 2),
-        round(statistics.median(ratio for _, ratio in runs), 2),
-        round(statistics.median(r.cpu for r, _ in runs), 2),
-        max(r.peak for r, _ in runs),
-    )
-
-
-def _line(row: Row) -> str:
-    return (
-        f"{row.job:34} {row.cache:5} {row.seconds:7.2f} s  {row.ratio:5.2f} x cp"
-        f"  {row.cpu:6.2f} s CPU  {row.peak / 2**20:6.0f} MiB"
-    )
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def filled(arguments: list[str], source: Path, out: Path) -> list[str]:
+    """The arguments with SRC and OUT put in."""
+    places = {"SRC": str(source), "OUT": str(out)}
+    return [places.get(argument, argument) for argument in arguments]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,12 @@ class Run:
     peak: int
 
 
-def run(command: Sequence[str], **environment: str) -> Run:
-    """Runs a command to its end. Raises CalledProcessError with its output if it fails."""
+def run(command: Sequence[str], allowed: Collection[int] = (0,), **environment: str) -> Run:
+    """Runs a command to its end. Raises CalledProcessError with its output if it fails.
+
+    The peak is never below this process's own memory: Linux counts the moment before the new
+    program takes over. So this process imports nothing large.
+    """
     began = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -34,7 +39,7 @@ def run(command: Sequence[str], **environment: str) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.monotonic() - began
-    if process.returncode:
+    if process.returncode not in allowed:
         raise subprocess.CalledProcessError(process.returncode, command, output)
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
@@ -45,9 +50,20 @@ def copy(source: Path, target: Path) -> Run:
     return run(["sh", "-c", script, "sh", str(source), str(target)])
 
 
-def dsv4(*arguments: str) -> Run:
+def dsv4(*arguments: str, allowed: Collection[int] = (0,)) -> Run:
     """One dsv4-quant command."""
-    return run([sys.executable, "-m", "dsv4_quant", *arguments])
+    return run([sys.executable, "-m", "dsv4_quant", *arguments], allowed)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def remove(folder: Path) -> None:
+    """A folder and all in it, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def forget(folder: Path) -> None:

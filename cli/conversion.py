@@ -14,12 +14,14 @@ from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
 from dsv4_quant.cli import report as report_page
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
+from dsv4_quant.cli.sources import source as opened_source
 from dsv4_quant.cli.tables import duration, size, table
+from dsv4_quant.cli.together import here
+from dsv4_quant.conversion.device import Device
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import ConvertReport, convert
 from dsv4_quant.conversion.summary import PlanSummary, plan_conversion
 from dsv4_quant.conversion.target import check_empty
-from dsv4_quant.hub import opened
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -90,25 +92,26 @@ def run(
     quiet: bool,
     page: str | None = None,
     fingerprint: Path | None = None,
+    device: Device = "cpu",
 ) -> None:
     """Plans or converts, and tells the result."""
     report_page.check(request, page, fingerprint)
     if out.is_dir() and not overwrite and not (out / MANIFEST).exists():
         check_empty(out)  # before the hub is asked
-    with shown(quiet=quiet) as progress, opened(src, progress=progress) as source:
+    with shown(quiet=quiet) as progress, opened_source(src, progress) as source:
         if dry_run:
             plan = plan_conversion(
                 source.folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-                arrivals=source.arrivals,
+                arrivals=source.arrivals, device=device,
             )  # fmt: skip
         else:
             report = convert(
                 source.folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-                arrivals=source.arrivals, progress=progress,
+                arrivals=source.arrivals, progress=progress, team=here(), device=device,
             )  # fmt: skip
-        if page is not None and not dry_run:
+        if page is not None and not dry_run and here().is_first:
             report_page.write_page(report, src, page, fingerprint, progress)
     if dry_run:
         emit(describe_plan(plan), {**asdict(plan), "fits": plan.fits}, json_to=json, quiet=quiet)

@@ -40,6 +40,13 @@ class Dense(StrEnum):
     bf16 = "bf16"
 
 
+class Device(StrEnum):
+    """What casts."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Rule(StrEnum):
     """How blocks that are rounded get their scales."""
 
@@ -78,6 +85,14 @@ def command(
     report: Page = None,
     fingerprint: Recorded = None,
     dry_run: DryRun = False,
+    device: Annotated[
+        Device,
+        typer.Option(
+            "--device",
+            help="What casts; the bytes are the same. cuda: a GPU, and the processor checks samples"
+            " of its work. Tested in PyTorch on CPUs and in Triton's interpreter, on no GPU yet.",
+        ),
+    ] = Device.cpu,
     workers: Workers = None,
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
@@ -103,7 +118,7 @@ def command(
     conversion.run(
         src, out, make_request(gpus, layout, experts, dense, lossy=lossy, rule=scale_rule),
         dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-        json=json, quiet=quiet, page=report, fingerprint=fingerprint,
+        json=json, quiet=quiet, page=report, fingerprint=fingerprint, device=device.value,
     )  # fmt: skip
 
 

@@ -23,8 +23,6 @@ from dsv4_quant.cli.tables import duration, size
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import convert
 from dsv4_quant.errors import UsageError
-from dsv4_quant.fingerprints.file import to_json
-from dsv4_quant.fingerprints.make import make_fingerprint
 from dsv4_quant.inspection import inspect
 from dsv4_quant.synthesis import synth
 from dsv4_quant.validators.verify import verify
@@ -157,6 +155,9 @@ class Loop:
 
     def fingerprint(self) -> None:
         """What the model says is the same, bit for bit."""
+        from dsv4_quant.fingerprints.file import to_json  # here: only this step needs PyTorch
+        from dsv4_quant.fingerprints.make import make_fingerprint
+
         self._tell(
             "Record what the source says on prompts that exercise it; ask the result",
             "fingerprint source --output source.json\n"

@@ -13,7 +13,8 @@ from dsv4_quant.cli.failure import report
 from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
-from dsv4_quant.cli.together import found, here
+from dsv4_quant.cli.sources import found
+from dsv4_quant.cli.together import here
 from dsv4_quant.errors import NotANumberError
 
 

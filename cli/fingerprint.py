@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,14 +15,16 @@ from dsv4_quant.cli.forward import Activations, Arithmetic, HowExact, HowStored,
 from dsv4_quant.cli.options import Debug, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
-from dsv4_quant.cli.together import found, here
+from dsv4_quant.cli.reading import describe_reading
+from dsv4_quant.cli.sources import found
+from dsv4_quant.cli.together import here
 from dsv4_quant.cli.tokens import read_tokens
 from dsv4_quant.errors import UsageError
-from dsv4_quant.fingerprints.coverage import Coverage
-from dsv4_quant.fingerprints.document import Fingerprint, Measured
-from dsv4_quant.fingerprints.file import to_json
-from dsv4_quant.fingerprints.make import make_fingerprint
-from dsv4_quant.fingerprints.served import import_served
+
+if TYPE_CHECKING:
+    from dsv4_quant.fingerprints.coverage import Coverage
+    from dsv4_quant.fingerprints.document import Fingerprint, Measured
+    from dsv4_quant.model import Reading
 
 
 def command(
@@ -85,8 +87,14 @@ def command(
       dsv4-quant fingerprint DeepSeek-V4-Flash --output flash.json
       dsv4-quant fingerprint --import server-log.json --output served.json
     """
+    # here: --help need not wait for PyTorch
+    from dsv4_quant.fingerprints.file import to_json
+    from dsv4_quant.fingerprints.make import make_fingerprint
+    from dsv4_quant.fingerprints.served import import_served
+
     if (path is None) == (import_ is None):
         raise UsageError("Give either a checkpoint's PATH or --import FILE")
+    readings: list[Reading] = []
     if import_ is not None:
         if prompts is not None or digest:
             raise UsageError("--prompts and --digest go with a checkpoint, not with --import")
@@ -99,14 +107,16 @@ def command(
                 found(path, progress), given,
                 arithmetic=arithmetic.value, activations=activations.value,
                 digest=digest, threads=threads, progress=progress, team=here(),
+                told=readings.append,
             )  # fmt: skip
     data = to_json(made)
     if here().is_first:
         with appearing(output) as partial:
             partial.write_bytes(data)
-    emit(
-        describe(made, output, len(data)), facts(made, output, len(data)), json_to=json, quiet=quiet
-    )
+    text, result = describe(made, output, len(data)), facts(made, output, len(data))
+    text = "\n".join([text, *(_line("reading", describe_reading(one)) for one in readings)])
+    result["reading"] = readings[0].to_json() if readings else None
+    emit(text, result, json_to=json, quiet=quiet)
 
 
 def describe(made: Fingerprint, output: Path, size: int) -> str:
@@ -122,13 +132,15 @@ def describe(made: Fingerprint, output: Path, size: int) -> str:
         facts["holds"] = "what a served model said: only the lossy gate can compare it"
     else:
         facts |= _described(made.measured)
+    return "\n".join(_line(name, value) for name, value in facts.items())
+
+
+def _line(name: str, value: str) -> str:
+    """As many lines as it takes, the name on the left."""
     width = max(shutil.get_terminal_size((80, 24)).columns, 40)
-    return "\n".join(
-        textwrap.fill(
-            f"{name:10}{value}", width, subsequent_indent=" " * 10,
-            break_long_words=False, break_on_hyphens=False,
-        )
-        for name, value in facts.items()
+    return textwrap.fill(
+        f"{name:10}{value}", width, subsequent_indent=" " * 10,
+        break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
 
 

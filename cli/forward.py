@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from safetensors.numpy import save_file
 
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.cli.appear import appearing, check_room, target
 from dsv4_quant.cli.options import At, Debug, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
+from dsv4_quant.cli.reading import describe_reading
 from dsv4_quant.cli.tables import duration, size
 from dsv4_quant.cli.tokens import read_tokens
 from dsv4_quant.hub import resolve
-from dsv4_quant.model import Observer, Result, forward
-from dsv4_quant.progress import Progress
 
 
 class Arithmetic(StrEnum):
@@ -53,19 +51,6 @@ HowStored = Annotated[
 ]
 
 
-class Told(Observer):
-    """Tells a progress of every layer that is done."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def finished(self, done: int, total: int) -> None:
-        """Steps come one by one."""
-        if done == 1:
-            self._progress.total(total)
-        self._progress.advance(1)
-
-
 def command(
     path: At,
     tokens: Annotated[
@@ -91,7 +76,10 @@ def command(
     """Logits of the reference forward pass, for every position of some prompts.
 
     A layer at a time, so that memory holds one layer's weights and the prompts' streams, whatever
-    the size of the model. Any layout, format and GPU count; equal weights give bit-equal logits.
+    the size of the model, and the logits or the output matrix, whichever is smaller. Any layout,
+    format and GPU count; equal weights give bit-equal logits. Every byte that is needed is read
+    once, and the last line says how long the disk was waited for.
+
     The output holds a tensor logits.i [tokens, vocab_size] float32 for prompt i, and with --mtp
     mtp_logits.i.
 
@@ -100,6 +88,9 @@ def command(
       echo '[[0, 5, 17], [3]]' > T.json
       dsv4-quant forward DeepSeek-V4-Flash --tokens T.json --output logits.safetensors
     """
+    from dsv4_quant.cli.logits import LogitsFile  # here: --help need not wait for PyTorch
+    from dsv4_quant.model import forward
+
     began = time.monotonic()
     prompts = read_tokens(tokens)
     lengths = [len(prompt) for prompt in prompts]
@@ -110,36 +101,35 @@ def command(
         needed = 4 * sum(lengths) * checkpoint.config.vocab_size * (1 + mtp)
         check_room(output, needed)
         progress.stage("forward pass", "steps")
-        result = forward(
-            checkpoint, prompts,
-            arithmetic=arithmetic.value, activations=activations.value,
-            decode=decode, mtp=mtp, observer=Told(progress), threads=threads,
-        )  # fmt: skip
-        _save(result, output)
+        vocab_size = checkpoint.config.vocab_size
+        with (
+            appearing(output) as partial,
+            LogitsFile(partial, lengths, vocab_size, mtp=mtp, progress=progress) as file,
+        ):
+            result = forward(
+                checkpoint, prompts,
+                arithmetic=arithmetic.value, activations=activations.value,
+                decode=decode, mtp=mtp, observer=file, threads=threads, keep_logits=False,
+            )  # fmt: skip
     hit = [len(experts) for experts in result.experts_hit]
     seconds = time.monotonic() - began
     text = (
         f"{output}: logits of {sum(lengths):,} tokens in {len(prompts)}"
         f" prompt{'s' if len(prompts) > 1 else ''}, {size(needed)} in {duration(seconds)}\n"
         f"{arithmetic} arithmetic, {activations} activations; experts used per layer:"
-        f" {min(hit)} to {max(hit)} of {checkpoint.config.n_routed_experts}"
+        f" {min(hit)} to {max(hit)} of {checkpoint.config.n_routed_experts}\n"
+        f"{describe_reading(result.reading)}"
     )
     facts = {
         "output": str(output),
         "tokens": lengths,
-        "vocab_size": checkpoint.config.vocab_size,
+        "vocab_size": vocab_size,
         "arithmetic": arithmetic.value,
         "activations": activations.value,
         "decode": decode,
         "mtp": mtp,
         "experts_hit": result.experts_hit,
         "seconds": round(seconds, 3),
+        "reading": result.reading.to_json(),
     }
     emit(text, facts, json_to=json, quiet=quiet)
-
-
-def _save(result: Result, output: Path) -> None:
-    tensors = {f"logits.{i}": rows.numpy() for i, rows in enumerate(result.logits)}
-    tensors |= {f"mtp_logits.{i}": rows.numpy() for i, rows in enumerate(result.mtp_logits or ())}
-    with appearing(output) as partial:
-        save_file(tensors, partial)

@@ -68,6 +68,12 @@ class Bar:
             if self._bar is not None:
                 self._bar.update(count)
 
+    def read(self, count: int) -> None:
+        """Shown when the bar moves next."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"{size(count)} read", refresh=False)
+
     def close(self) -> None:
         """Ends the current bar."""
         if self._bar is not None:
@@ -81,13 +87,13 @@ class Lines:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._lock = threading.Lock()
-        self._text, self._unit, self._total, self._done = "", BYTES, 0, 0
+        self._text, self._unit, self._total, self._done, self._read = "", BYTES, 0, 0, 0
         self._began = self._told = clock()
 
     def stage(self, text: str, unit: str = BYTES) -> None:
         """Tells the end of the stage before, and that this one begins."""
         self.close()
-        self._text, self._unit, self._total, self._done = text, unit, 0, 0
+        self._text, self._unit, self._total, self._done, self._read = text, unit, 0, 0, 0
         self._began = self._told = self._clock()
         self._print(f"{text} ...")
 
@@ -104,11 +110,16 @@ class Lines:
                 self._told = now
                 self._print(self._line(now))
 
+    def read(self, count: int) -> None:
+        """Told with the next line."""
+        self._read = count
+
     def close(self) -> None:
         """Tells the end of the current stage."""
         if self._done:
             spent = self._clock() - self._began
-            self._print(f"{self._text}: {self._amount()} in {duration(spent)}")
+            read = f", {size(self._read)} read" if self._read else ""
+            self._print(f"{self._text}: {self._amount()} in {duration(spent)}{read}")
             self._done = 0
 
     def _line(self, now: float) -> str:
@@ -118,6 +129,8 @@ class Lines:
             text += f" ({100 * self._done // self._total} %)"
         if self._unit == BYTES:
             text += f", {size(rate)}/s"
+        elif self._read:
+            text += f", {size(self._read)} read"
         left = (self._total - self._done) / rate
         return f"{text}, {duration(left)} left" if left > 0 else text
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsv4_quant.errors import UsageError
-from dsv4_quant.hub import resolve
-from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team, join
 from dsv4_quant.team.launch import launched
 
@@ -44,9 +42,3 @@ def hush(command: str) -> None:
         launch = launched(os.environ) if command in SHARED else None
         if launch is not None and launch.rank > 0:
             sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the end
-
-
-def found(path: str, progress: Progress) -> Path:
-    """The folder of a path or id; the first process downloads what another will find."""
-    folder = Path(here().lead(lambda: str(resolve(path, progress=progress))))
-    return folder if here().is_first else resolve(path, progress=progress)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from dsv4_quant.cli.reading import describe_reading
 from dsv4_quant.cli.tables import duration, size, table
 from dsv4_quant.validators.junit import to_junit
 from dsv4_quant.validators.report import Finding, Report
@@ -37,6 +38,8 @@ def describe(report: Report) -> str:
         parts[0] += f"\nvalue digest {report.digest}"
     if report.forward is not None:
         parts += ["\n".join(_filled(f"forward: {report.forward}", 0))]
+    if report.reading is not None:
+        parts[-1] += "\n" + "\n".join(_filled(describe_reading(report.reading), 0))
     rows = [
         [
             check.level,

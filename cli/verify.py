@@ -13,10 +13,10 @@ import typer
 from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers, writable
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
-from dsv4_quant.cli.together import found, here
+from dsv4_quant.cli.sources import found, source
+from dsv4_quant.cli.together import here
 from dsv4_quant.cli.verdict import describe, tell
 from dsv4_quant.errors import UsageError
-from dsv4_quant.hub import opened
 from dsv4_quant.validators.verify import verify
 
 
@@ -100,14 +100,14 @@ def command(
         raise UsageError("--gate goes with --fingerprint")
     chosen = level or (Level.values if fingerprint is None else Level.forward)
     with shown(quiet=quiet) as progress, ExitStack() as stack:
-        source = None if against is None else found(against, progress)
+        other = None if against is None else found(against, progress)
         if chosen is Level.structure:  # of an id only headers
-            folder = stack.enter_context(opened(path, progress=progress)).folder
+            folder = stack.enter_context(source(path, progress)).folder
         else:
             folder = found(path, progress)
         report = verify(
             folder, chosen.value,
-            against=source, fingerprint=fingerprint, gate=None if gate is None else gate.value,
+            against=other, fingerprint=fingerprint, gate=None if gate is None else gate.value,
             workers=workers, progress=progress, team=here(),
         )  # fmt: skip
     report = replace(report, path=path)

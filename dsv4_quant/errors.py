@@ -15,6 +15,8 @@ Dsv4Error                     base: one clear paragraph; carries file and tensor
 ├── SourceDamagedError        the source's own manifest, or another rank's copy, says otherwise
 ├── SourceChangedError        a source file vanished or changed while it was read
 ├── BusyError                 another run is writing to the same output folder
+├── DeviceError               a GPU has failed, or has too little memory
+│   └── MiscomputedError      it computes something else than the processor
 └── TeamError                 one of several processes that share a job has ended, or never came
 
 All of them end a command with exit code 2, and none with a traceback. Findings of a check are not
@@ -116,6 +118,14 @@ class SourceChangedError(Dsv4Error):
 
 class BusyError(Dsv4Error):
     """Another run is writing to the same output folder."""
+
+
+class DeviceError(Dsv4Error):
+    """A GPU has failed, or has too little memory; the work can continue."""
+
+
+class MiscomputedError(DeviceError):
+    """A GPU computes something else than the processor: nothing that it made is to be trusted."""
 
 
 class TeamError(Dsv4Error):

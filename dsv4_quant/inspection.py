@@ -158,11 +158,6 @@ def _on_one_gpu(
 
 def _classes(catalogue: Catalogue) -> Iterator[tuple[TensorSpec, int]]:
     """One weight of every class, and how many there are of it."""
-    first: dict[object, TensorSpec] = {}
-    counts: Counter[object] = Counter()
-    for spec in catalogue.specs.values():
-        key = (spec.shape, spec.format, spec.split, spec.role, spec.kind)
-        first.setdefault(key, spec)
-        counts[key] += 1
-    for found, spec in first.items():
-        yield spec, counts[found]
+    classes = Counter(spec[1:6] for spec in catalogue.specs.values())
+    for (shape, form, split, role, kind), count in classes.items():
+        yield TensorSpec("any", shape, form, split, role, kind), count

@@ -20,6 +20,9 @@ class Progress(Protocol):
     def advance(self, count: int) -> None:
         """That many more of them are done."""
 
+    def read(self, count: int) -> None:
+        """So many bytes were read in this part, which is counted in something else."""
+
 
 class NoProgress:
     """Tells nobody."""
@@ -31,4 +34,7 @@ class NoProgress:
         """Nothing."""
 
     def advance(self, count: int) -> None:
+        """Nothing."""
+
+    def read(self, count: int) -> None:
         """Nothing."""

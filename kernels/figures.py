@@ -39,7 +39,7 @@ class Figures:
     error_squares: Doubles
     """``[h]`` sum of (v - w)**2."""
     largest_error: NDArray[np.float32]
-    """``[1]`` largest \\|v - w\\|; always exact."""
+    """``[1]`` largest |v - w|; always exact."""
     counts: NDArray[np.int64]
     """``[5]`` values, saturated values, flushed values, blocks, exact blocks."""
     scales: NDArray[np.int64]
@@ -73,8 +73,8 @@ def cost(panels: Iterable[Figures]) -> Cost:
     scales = sum((figures.scales for figures in held), np.zeros(256, np.int64))
     return Cost(
         values=counts[VALUES],
-        value_squares=float(in_order([figures.value_squares for figures in held])),
-        error_squares=float(in_order([figures.error_squares for figures in held])),
+        value_squares=_total([figures.value_squares for figures in held]),
+        error_squares=_total([figures.error_squares for figures in held]),
         largest_error=max((float(figures.largest_error[0]) for figures in held), default=0.0),
         saturated=counts[SATURATED],
         flushed=counts[FLUSHED],
@@ -84,10 +84,14 @@ def cost(panels: Iterable[Figures]) -> Cost:
     )
 
 
-def in_order(sums: Iterable[Doubles]) -> Doubles:
-    """Sums along the last axis of arrays one behind the other, from first to last.
+def in_order(sums: Doubles) -> Doubles:
+    """Sums along the last axis from first to last, ``[..., n]`` to ``[...]``.
 
     numpy's ``sum`` has an order of its own; its ``cumsum`` cannot.
     """
-    whole = np.concatenate([np.zeros(0), *sums], axis=-1)
-    return cast(Doubles, np.cumsum(whole, axis=-1)[..., -1])
+    begun = np.concatenate([np.zeros((*sums.shape[:-1], 1)), sums], axis=-1)
+    return cast(Doubles, np.cumsum(begun, axis=-1)[..., -1])
+
+
+def _total(panels: list[Doubles]) -> float:
+    return float(in_order(np.concatenate([np.zeros(0), *panels])))

@@ -24,11 +24,12 @@ lies there cannot be read, the casts still work; every process then compiles for
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
-from numba import njit
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,20 +46,20 @@ I64 = cast(type[int], np.int64)
 
 
 def kernel(function: Callable[P, T]) -> Callable[P, T]:
-    """Compile an entry point at its first call; from the cache where there is one."""
-    plain = njit(nogil=True)(function)
-    try:
-        compiled = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no folder to keep a cache in
-        compiled = plain
+    """An entry point, compiled at its first call; from the cache where there is one."""
+    found: tuple[Callable[P, T], Callable[P, T]] | None = None
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        nonlocal compiled
+        nonlocal found
+        if found is None:
+            with _ONE_AT_A_TIME:
+                found = found or _compilers(function)
+        compiled, plain = found
         try:
             return compiled(*args, **kwargs)
         except Exception:  # a full disk, a torn cache file; kernels themselves raise nothing
-            compiled = plain
+            found = plain, plain
             return plain(*args, **kwargs)
 
     return call
@@ -66,12 +67,43 @@ def kernel(function: Callable[P, T]) -> Callable[P, T]:
 
 def part(function: Callable[P, T]) -> Callable[P, T]:
     """A piece of a kernel in the same file, called once per row or so."""
-    return njit(nogil=True)(function)
+    return cast(Callable[P, T], _Piece(function, {}))
 
 
 def inline(function: Callable[P, T]) -> Callable[P, T]:
     """A piece of a kernel in the same file that stands in an inner loop."""
-    return njit(nogil=True, forceinline=True)(function)
+    return cast(Callable[P, T], _Piece(function, {"forceinline": True}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Stands for a function until a kernel of its file is called."""
+
+    function: Callable[..., Any]
+    options: dict[str, Any]
+
+
+_ONE_AT_A_TIME = Lock()
+
+
+def _compilers(function: Callable[P, T]) -> tuple[Callable[P, T], Callable[P, T]]:
+    """The function that compiles itself when it is called: with a cache, and without one.
+
+    numba looks for what it calls among the names of its file, so the pieces there take their
+    final form first. It is imported here and not above because that takes a third of a second,
+    and many commands import kernels that they never call.
+    """
+    from numba import njit
+
+    names = function.__globals__
+    for name, piece in list(names.items()):
+        if isinstance(piece, _Piece):
+            names[name] = njit(nogil=True, **piece.options)(piece.function)
+    plain = njit(nogil=True)(function)
+    try:
+        return njit(nogil=True, cache=True)(function), plain
+    except RuntimeError:  # numba found no folder to keep a cache in
+        return plain, plain
 
 
 def expect(name: str, array: np.ndarray[Any, Any], dtype: type, shape: tuple[int, ...]) -> None:

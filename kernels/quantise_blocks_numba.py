@@ -31,7 +31,7 @@ from dsv4_quant.formats.rules import (
     candidates,
 )
 from dsv4_quant.kernels.figures import EXACT, FLUSHED, SATURATED, Figures
-from dsv4_quant.kernels.jit_numba import I64, NAN, ceil_div, expect, inline, kernel, part
+from dsv4_quant.kernels.jit_numba import I64, NAN, U64, ceil_div, expect, inline, kernel, part
 
 U32, F32, F64 = np.uint32, np.float32, np.float64
 Bytes = NDArray[np.uint8]
@@ -45,6 +45,8 @@ _LANES = 8
 _GROUP = 32
 """Values of the groups that are worked on together; 4 of them in a lane."""
 _TOGETHER = 128
+_SLICE = 512
+"""Values of a lane that are rounded at a time: their errors fit the L1 cache, 8 times."""
 
 _ZERO, _ONE = U32(0), U32(1)
 _MAGNITUDE, _EXPONENT = U32(0x7FFFFFFF), U32(0x7F800000)
@@ -126,7 +128,7 @@ def quantise_blocks(
     size = max(_GROUP, 1 << (b * c - 1).bit_length())
     return _quantise(
         bits,
-        bits.view(np.uint64) if together else np.empty((0, 0), np.uint64),
+        _in_words(bits) if together else _in_words(bits[:0]),
         shift,
         GRIDS[element],
         (b, c, size // _LANES),
@@ -135,7 +137,7 @@ def quantise_blocks(
         e8m0.VALUES,
         scales,
         codes,
-        codes.view(np.uint16) if together else np.empty((0, 0), np.uint16),
+        _in_words(codes) if together else _in_words(codes[:0]),
         figures.value_squares,
         figures.error_squares,
         figures.largest_error,
@@ -154,29 +156,48 @@ def float_bits(values: NDArray[Any]) -> tuple[Bits, np.uint32]:
     return values.view(np.uint32), U32(0)
 
 
+def _in_words(array: NDArray[Any]) -> Words:
+    return array.reshape(-1).view(np.uint64)
+
+
 class Chunk(NamedTuple):
-    """Scratch memory for one chunk."""
+    """Scratch memory for one chunk, and other views of it.
+
+    A lane of a large block is worked on in S slices of n values; elsewhere S is 1.
+    """
 
     values: Bits
-    """``[8, m]``"""
+    """``[8, S, n]``"""
     words: Words
-    """The same memory, 8 bytes to an element."""
+    """The values ``[8, m / 4, 1 or 2]``, 8 bytes to an element."""
+    block: Bits
+    """The values ``[b, c]``, if there is one block only."""
     codes: Bytes
-    """``[8, m]``, one to a byte."""
+    """``[8, S, n]``, one to a byte."""
+    codes4: NDArray[np.uint32]
+    """The codes ``[8, m / 4]``, four to an element."""
+    block_codes: Bytes
+    """The codes ``[b, c]``, if there is one block only."""
+    magnitudes: Floats
+    """``[8, n]`` |v| of a slice."""
     errors: Floats
-    """``[8, m]`` \\|v\\| - code * S."""
-    inverses: Floats
-    """``[m]`` 1 / S of the block."""
-    halves: Floats
-    """``[m]`` S / 2 of the block."""
+    """``[8, n]`` |v| - code * S of a slice."""
+    scales: Floats
+    """``[2, n]`` 1 / S and S / 2 of the block."""
+    scales4: Floats
+    """The same ``[2, n / 4, 4]``."""
     peaks: NDArray[np.uint32]
-    """``[m]`` bits of the largest magnitudes; in the end ``[G]``."""
+    """``[m]`` bits of the largest magnitudes."""
+    peaks4: NDArray[np.uint32]
+    """The same ``[m / 4, 4]``."""
     lanes: Doubles
-    """``[m]`` squares, their first 8 lanes added up."""
+    """``[S, n]`` squared errors, their 8 lanes added up."""
+    value_lanes: Doubles
+    """``[S, n]`` the same of values."""
     sums: Doubles
-    """``[G]`` sums of squares."""
+    """``[G]`` squares of whole blocks added up."""
     best: Doubles
-    """``[G]`` the least sums so far."""
+    """``[G]`` the least of these."""
 
 
 @kernel
@@ -191,7 +212,7 @@ def _quantise(
     scale_values: Floats,
     scales: Bytes,
     codes: Bytes,
-    codes4: NDArray[np.uint16],
+    codes16: Words,
     value_squares: Doubles,
     error_squares: Doubles,
     largest_error: Floats,
@@ -199,20 +220,21 @@ def _quantise(
     histogram: Ints,
     result: Ints,
 ) -> int:
-    """``words`` (8 bytes of values) and ``codes4`` (4 codes) are empty unless groups are worked on
-    together; ``codes`` and the figures, unless they are wanted. ``tries`` is how many scales are
-    tried, 0 where they are given."""
+    """``words`` and ``codes16`` are all values and codes in a row, 8 bytes to an element; empty
+    unless groups are worked on together. ``codes`` and the figures are empty unless they are
+    wanted. ``tries`` is how many scales are tried, 0 where they are given."""
     b, c, p = shape
     w, together = scales.shape[1], _TOGETHER if words.size else 1
-    flat_scales, sources, targets = scales.reshape(-1), words.reshape(-1), codes4.reshape(-1)
-    chunk = _new_chunk(bits, together, p)
+    flat_scales = scales.reshape(-1)
+    chunk = _new_chunk(bits, together, b, c, p)
     for first in range(0, scales.size, together):
         chosen = flat_scales[first : first + together]
-        row, col, used = first // w * b, first % w * c, chosen.size * p
+        row, col = first // w * b, first % w * c
         if words.size:
-            _take_groups(sources, first, chosen.size, chunk)
+            per_group = words.size // scales.size
+            _take_groups(words[first * per_group : (first + together) * per_group], chunk)
         else:
-            _take_block(bits, row, col, b, c, chunk)
+            _take_block(bits, row, col, chunk)
         if tries:
             if not _largest_scales(chunk, shift, p, grid, chosen):
                 _find_infinite(bits, shift, row, result)
@@ -221,23 +243,26 @@ def _quantise(
                 _least_squares(chunk, shift, p, grid, tries, margin, scale_values, chosen)
         if not codes.size and not value_squares.size:
             continue
-        _spread(chosen, 0, p, scale_values, chunk)
-        saturated, flushed, largest = _round(chunk, shift, used, grid)
-        if codes4.size:
-            _give_groups(chunk, first, chosen.size, targets)
+        used = _spread(chosen, 0, p, scale_values, chunk)
+        for at in range(chunk.values.shape[1]):
+            saturated, flushed, largest = _round(chunk, shift, at, used, grid)
+            if value_squares.size:
+                counts[SATURATED] += saturated
+                counts[FLUSHED] += flushed
+                largest_error[0] = max(largest_error[0], largest)
+                _fold_lanes(chunk.errors, used, chunk.lanes[at])
+                _fold_lanes(chunk.magnitudes, used, chunk.value_lanes[at])
+        if codes16.size:
+            _give_groups(chunk, codes16[2 * first : 2 * (first + together)])
+        elif codes.shape[1] == bits.shape[1]:
+            _give_block(chunk, row, col, codes)
         elif codes.size:
-            if codes.shape[1] == bits.shape[1]:
-                _give_block(chunk, row, col, b, c, codes)
-            else:
-                _give_packed(chunk, row, col, c, codes)
+            _give_packed(chunk, codes[row, col // 2 : (col + c) // 2])
         if value_squares.size:
-            counts[SATURATED] += saturated
-            counts[FLUSHED] += flushed
-            largest_error[0] = max(largest_error[0], largest)
             sums = chunk.sums[: chosen.size]
-            _fold(chunk.values, shift, p, chunk.lanes, sums)
+            _fold(chunk.value_lanes, p, sums)
             _add_up(sums, first, w, value_squares)
-            _fold(chunk.errors.view(np.uint32), _ZERO, p, chunk.lanes, sums)
+            _fold(chunk.lanes, p, sums)
             _add_up(sums, first, w, error_squares)
             for j in range(chosen.size):
                 counts[EXACT] += sums[j] == 0
@@ -246,45 +271,55 @@ def _quantise(
 
 
 @inline
-def _new_chunk(bits: Bits, together: int, p: int) -> Chunk:
+def _new_chunk(bits: Bits, together: int, b: int, c: int, p: int) -> Chunk:
     """Values are zeros: what no block ever fills stays so."""
     m = together * p
-    values = np.zeros((_LANES, m), bits.dtype)
+    n = min(m, _SLICE)
+    values, codes = np.zeros((_LANES, m), bits.dtype), np.empty((_LANES, m), np.uint8)
+    whole = b * c if together == 1 else 0
+    peaks, scales = np.empty(m, np.uint32), np.empty((2, n), np.float32)
     return Chunk(
-        values,
-        values.view(np.uint64),
-        np.empty((_LANES, m), np.uint8),
-        np.empty((_LANES, m), np.float32),
-        np.empty(m, np.float32),
-        np.empty(m, np.float32),
-        np.empty(m, np.uint32),
-        np.empty(m, np.float64),
+        values.reshape(_LANES, m // n, n),
+        values.view(np.uint64).reshape(_LANES, m // 4, bits.itemsize // 2),
+        values.reshape(-1)[:whole].reshape(whole // c, c),
+        codes.reshape(_LANES, m // n, n),
+        codes.view(np.uint32),
+        codes.reshape(-1)[:whole].reshape(whole // c, c),
+        np.empty((_LANES, n), np.float32),
+        np.empty((_LANES, n), np.float32),
+        scales,
+        scales.reshape(2, n // 4, 4),
+        peaks,
+        peaks.reshape(m // 4, 4),
+        np.empty((m // n, n), np.float64),
+        np.empty((m // n, n), np.float64),
         np.empty(together, np.float64),
         np.empty(together, np.float64),
     )
 
 
 @inline
-def _take_groups(words: Words, first: int, groups: int, chunk: Chunk) -> None:
-    """Groups of a row: a lane of 4 values is a word of BF16, or two of float32."""
-    lanes = chunk.words.reshape(_LANES, _TOGETHER, -1)
-    source = words.reshape(-1, _LANES, lanes.shape[2])[first : first + groups]
+def _take_groups(words: Words, chunk: Chunk) -> None:
+    """Groups: a lane of 4 values is one word of BF16, or two of float32."""
+    lanes = chunk.words
+    each = lanes.shape[2]
     for lane in range(_LANES):
-        for k in range(lanes.shape[2]):
-            for j in range(source.shape[0]):
-                lanes[lane, j, k] = source[j, lane, k]
+        for k in range(each):
+            for j in range(words.size // (_LANES * each)):
+                lanes[lane, j, k] = words[(j * _LANES + lane) * each + k]
 
 
 @inline
-def _take_block(bits: Bits, row: int, col: int, b: int, c: int, chunk: Chunk) -> None:
+def _take_block(bits: Bits, row: int, col: int, chunk: Chunk) -> None:
     """One block, zeros beyond the edges."""
-    source = bits[row : row + b, col : col + c]
-    block = chunk.values.reshape(-1)[: b * c].reshape(b, c)
-    if source.size < block.size:
+    block = chunk.block
+    rows = min(block.shape[0], bits.shape[0] - row)
+    if rows < block.shape[0] or col + block.shape[1] > bits.shape[1]:
         block[:] = 0
-    for i in range(source.shape[0]):
-        for k in range(source.shape[1]):
-            block[i, k] = source[i, k]
+    for i in range(rows):
+        source = bits[row + i, col : col + block.shape[1]]
+        for k in range(source.size):
+            block[i, k] = source[k]
 
 
 @inline
@@ -294,20 +329,20 @@ def _largest_scales(chunk: Chunk, shift: np.uint32, p: int, grid: Grid, scales: 
     amax <= top * 2**s where amax's exponent is no more than top's and s, with no larger a mantissa;
     else s is one more.
     """
-    values, peaks = chunk.values, chunk.peaks
-    used = scales.size * p
+    values, peaks, fours = chunk.values, chunk.peaks, chunk.peaks4
+    used, n = scales.size * p, values.shape[2]
     for i in range(used):
         peaks[i] = 0
     for lane in range(_LANES):
-        for i in range(used):
-            bits = U32(values[lane, i]) << (shift & U32(31))
-            peaks[i] = _larger(peaks[i], U32(bits & _MAGNITUDE))
-    n = p
-    while n > 4:
-        n //= 2
-        for i in range(n):
-            peaks[i] = _larger(peaks[i], peaks[i + n])
-    fours, most = peaks.reshape(-1, 4), _ZERO
+        for at in range(values.shape[1]):
+            here = peaks[at * n : min((at + 1) * n, used)]
+            for i in range(here.size):
+                here[i] = _larger(here[i], _magnitude(values[lane, at, i], shift))
+    while p > 4:
+        p //= 2
+        for i in range(p):
+            peaks[i] = _larger(peaks[i], peaks[i + p])
+    most = _ZERO
     for j in range(scales.size):
         amax = _larger(_larger(fours[j, 0], fours[j, 1]), _larger(fours[j, 2], fours[j, 3]))
         peaks[j] = amax
@@ -338,28 +373,33 @@ def _least_squares(
     scale_values: Floats,
     scales: Bytes,
 ) -> None:
-    """From s_max the best of the scales below it."""
-    errors = chunk.errors.view(np.uint32)
-    largest, sums = scales.copy(), chunk.sums[: scales.size]
+    """From s_max to the best of the scales below it."""
+    largest, sums, best = scales.copy(), chunk.sums[: scales.size], chunk.best
     for step in range(tries):
-        _spread(largest, step, p, scale_values, chunk)
-        _errors(chunk, shift, scales.size * p, grid)
-        _fold(errors, _ZERO, p, chunk.lanes, sums)
-        for j in range(scales.size):
-            if step == 0 or sums[j] < chunk.best[j] * margin:
-                chunk.best[j] = sums[j]
+        used = _spread(largest, step, p, scale_values, chunk)
+        for at in range(chunk.values.shape[1]):
+            _errors(chunk, shift, at, used, grid)
+            _fold_lanes(chunk.errors, used, chunk.lanes[at])
+        _fold(chunk.lanes, p, sums)
+        for j in range(sums.size):
+            if step == 0 or sums[j] < best[j] * margin:
+                best[j] = sums[j]
                 scales[j] = max(I64(largest[j]) - step, 0)
 
 
 @inline
-def _spread(scales: Bytes, step: int, p: int, scale_values: Floats, chunk: Chunk) -> None:
-    """Scales that are ``step`` smaller to where the loops over values want them."""
-    inverses, halves = chunk.inverses.reshape(-1, 4), chunk.halves.reshape(-1, 4)
-    for i in range(scales.size * p // 4):
+def _spread(scales: Bytes, step: int, p: int, scale_values: Floats, chunk: Chunk) -> int:
+    """Scales that are ``step`` smaller, to where the loops over values want them; returns how many
+    values of each lane and slice are used."""
+    fours, used = chunk.scales4, min(scales.size * p, _SLICE)
+    for i in range(used // 4):
         scale = max(I64(scales[min(i, scales.size - 1)]) - step, 0)
         inverse, half = scale_values[254 - scale], scale_values[scale] * F32(0.5)
-        inverses[i, 0], inverses[i, 1], inverses[i, 2], inverses[i, 3] = inverse, inverse, inverse, inverse
-        halves[i, 0], halves[i, 1], halves[i, 2], halves[i, 3] = half, half, half, half
+        fours[0, i, 0], fours[0, i, 1], fours[0, i, 2], fours[0, i, 3] = (
+            inverse, inverse, inverse, inverse,
+        )  # fmt: skip
+        fours[1, i, 0], fours[1, i, 1], fours[1, i, 2], fours[1, i, 3] = half, half, half, half
+    return used
 
 
 @inline
@@ -378,6 +418,17 @@ def _as_bits(value: np.float32) -> np.uint32:
 
 
 @inline
+def _widen(bits: int, shift: np.uint32) -> np.uint32:
+    """The bits as those of a float32. (LLVM must see that no more than 31 are shifted.)"""
+    return U32(U32(bits) << (shift & U32(31)))
+
+
+@inline
+def _magnitude(bits: int, shift: np.uint32) -> np.uint32:
+    return U32(_widen(bits, shift) & _MAGNITUDE)
+
+
+@inline
 def _nearest(scaled: np.float32, grid: Grid) -> tuple[np.float32, np.uint32]:
     """The grid point nearest to v / S, ties to even, and its code.
 
@@ -386,9 +437,8 @@ def _nearest(scaled: np.float32, grid: Grid) -> tuple[np.float32, np.uint32]:
     adding it rounds, and taking it off is exact. The sum's bits count the steps from large on; and
     codes of one binade begin where those of the binade below end.
     """
-    binade = U32(_as_bits(scaled) & _EXPONENT)
-    binade = binade if binade > grid.smallest else grid.smallest
-    large = U32(binade + (grid.drop << U32(_MANTISSA_BITS)) + U32(_HALF_MANTISSA))
+    binade = _larger(_as_bits(scaled) & _EXPONENT, grid.smallest)
+    large = U32(binade + (grid.drop << _MANTISSA_BITS) + _HALF_MANTISSA)
     total = scaled + _as_float(large)
     nearest = total - _as_float(large)
     steps = U32(_as_bits(total) - large)
@@ -408,57 +458,64 @@ def _error(magnitude: np.float32, nearest: np.float32, half: np.float32) -> np.f
 
 
 @inline
-def _errors(chunk: Chunk, shift: np.uint32, used: int, grid: Grid) -> None:
-    values, inverses, halves, errors = chunk.values, chunk.inverses, chunk.halves, chunk.errors
+def _errors(chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid) -> None:
+    """Of one slice under the scales that are spread."""
+    values, scales, errors = chunk.values, chunk.scales, chunk.errors
     for lane in range(_LANES):
         for i in range(used):
-            magnitude = _as_float((U32(values[lane, i]) << (shift & U32(31))) & _MAGNITUDE)
-            nearest, _ = _nearest(magnitude * inverses[i], grid)
-            errors[lane, i] = _error(magnitude, nearest, halves[i])
+            magnitude = _as_float(_magnitude(values[lane, at, i], shift))
+            nearest, _ = _nearest(magnitude * scales[0, i], grid)
+            errors[lane, i] = _error(magnitude, nearest, scales[1, i])
 
 
 @inline
 def _round(
-    chunk: Chunk, shift: np.uint32, used: int, grid: Grid
+    chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid
 ) -> tuple[np.uint32, np.uint32, np.float32]:
-    """Codes and errors; how many saturated, how many were flushed, and the largest error."""
-    values, inverses, halves = chunk.values, chunk.inverses, chunk.halves
-    codes, errors = chunk.codes, chunk.errors
+    """The same and codes; how many saturated, how many were flushed, and the largest error."""
+    values, scales, codes, errors = chunk.values, chunk.scales, chunk.codes, chunk.errors
+    magnitudes = chunk.magnitudes
     saturated, flushed, largest = _ZERO, _ZERO, _ZERO
     for lane in range(_LANES):
         for i in range(used):
-            bits = U32(U32(values[lane, i]) << (shift & U32(31)))
+            bits = _widen(values[lane, at, i], shift)
             magnitude = _as_float(bits & _MAGNITUDE)
-            scaled = magnitude * inverses[i]
+            scaled = magnitude * scales[0, i]
             nearest, code = _nearest(scaled, grid)
             signed = (bits > _MAGNITUDE) & ((code > 0) | grid.zero_sign)
-            codes[lane, i] = U32(code + (grid.sign if signed else _ZERO))
-            error = _error(magnitude, nearest, halves[i])
+            codes[lane, at, i] = U32(code + (grid.sign if signed else _ZERO))
+            error = _error(magnitude, nearest, scales[1, i])
+            magnitudes[lane, i] = magnitude
             errors[lane, i] = error
             saturated = U32(saturated + (_ONE if scaled > grid.top else _ZERO))
             flushed = U32(flushed + (_ONE if (code == 0) & (magnitude > 0) else _ZERO))
-            error_bits = U32(_as_bits(error) & _MAGNITUDE)
-            largest = error_bits if error_bits > largest else largest
+            largest = _larger(largest, U32(_as_bits(error) & _MAGNITUDE))
     return saturated, flushed, _as_float(largest)
 
 
 @inline
-def _fold(bits: Bits, shift: np.uint32, p: int, lanes: Doubles, sums: Doubles) -> None:
-    """The sum of the squares of every block, by halves: first 8 lanes, then the p values."""
-    for i in range(sums.size * p):
-        even = (_square(bits[0, i], shift) + _square(bits[4, i], shift)) + (
-            _square(bits[2, i], shift) + _square(bits[6, i], shift)
-        )
-        odd = (_square(bits[1, i], shift) + _square(bits[5, i], shift)) + (
-            _square(bits[3, i], shift) + _square(bits[7, i], shift)
-        )
+def _square(value: np.float32) -> np.float64:
+    return F64(value) * F64(value)
+
+
+@inline
+def _fold_lanes(x: Floats, used: int, lanes: Doubles) -> None:
+    """The squares of a slice, the first three of the folds by halves."""
+    for i in range(used):
+        even = (_square(x[0, i]) + _square(x[4, i])) + (_square(x[2, i]) + _square(x[6, i]))
+        odd = (_square(x[1, i]) + _square(x[5, i])) + (_square(x[3, i]) + _square(x[7, i]))
         lanes[i] = even + odd
-    n = p
-    while n > 4:
-        n //= 2
-        for i in range(n):
-            lanes[i] += lanes[i + n]
-    fours = lanes.reshape(-1, 4)
+
+
+@inline
+def _fold(slices: Doubles, p: int, sums: Doubles) -> None:
+    """The other folds. Several blocks have p = 4."""
+    lanes = slices.reshape(-1)
+    while p > 4:
+        p //= 2
+        for i in range(p):
+            lanes[i] += lanes[i + p]
+    fours = lanes.reshape(lanes.size // 4, 4)
     for j in range(sums.size):
         sums[j] = (fours[j, 0] + fours[j, 2]) + (fours[j, 1] + fours[j, 3])
 
@@ -478,47 +535,47 @@ def _add_up(sums: Doubles, first: int, w: int, rows: Doubles) -> None:
 
 
 @inline
-def _square(bits: int, shift: np.uint32) -> np.float64:
-    value = F64(_as_float(U32(bits) << (shift & U32(31))))
-    return value * value
+def _give_groups(chunk: Chunk, out: Words) -> None:
+    """The codes of groups, 16 to an element."""
+    fours = chunk.codes4
+    for j in range(out.size // 2):
+        low = _pack(fours[0, j], fours[1, j]) | _pack(fours[2, j], fours[3, j]) << U64(32)
+        high = _pack(fours[4, j], fours[5, j]) | _pack(fours[6, j], fours[7, j]) << U64(32)
+        out[2 * j], out[2 * j + 1] = low, high
 
 
 @inline
-def _give_groups(chunk: Chunk, first: int, groups: int, codes4: NDArray[np.uint16]) -> None:
-    """The codes of groups of a row; four to a word, as in their lanes."""
-    fours = chunk.codes.view(np.uint32)
-    out = codes4.reshape(-1, _LANES)[first : first + groups]
-    for lane in range(_LANES):
-        for j in range(out.shape[0]):
-            four = U32(fours[lane, j])
-            four = U32(four | (four >> U32(4)))
-            out[j, lane] = (four & U32(0xFF)) | ((four >> U32(8)) & U32(0xFF00))
+def _pack(low: np.uint32, high: np.uint32) -> np.uint64:
+    """Eight codes, one to a byte, to two to a byte."""
+    x = U64(low) | U64(high) << U64(32)
+    x = (x | x >> U64(4)) & U64(0x00FF00FF00FF00FF)
+    x = (x | x >> U64(8)) & U64(0x0000FFFF0000FFFF)
+    return (x | x >> U64(16)) & U64(0xFFFFFFFF)
 
 
 @inline
-def _give_block(chunk: Chunk, row: int, col: int, b: int, c: int, codes: Bytes) -> None:
-    """The codes of an FP8 block."""
-    block = chunk.codes.reshape(-1)[: b * c].reshape(b, c)
-    out = codes[row : row + b, col : col + c]
-    for i in range(out.shape[0]):
-        for k in range(out.shape[1]):
-            out[i, k] = block[i, k]
+def _give_block(chunk: Chunk, row: int, col: int, codes: Bytes) -> None:
+    """The codes of one FP8 block."""
+    block = chunk.block_codes
+    for i in range(min(block.shape[0], codes.shape[0] - row)):
+        out = codes[row + i, col : col + block.shape[1]]
+        for k in range(out.size):
+            out[k] = block[i, k]
 
 
 @inline
-def _give_packed(chunk: Chunk, row: int, col: int, c: int, codes: Bytes) -> None:
+def _give_packed(chunk: Chunk, out: Bytes) -> None:
     """The codes of one FP4 group, two to a byte."""
-    flat = chunk.codes.reshape(-1)
-    out = codes[row, col // 2 :]
-    for k in range(min(c // 2, out.size)):
-        out[k] = flat[2 * k] | (flat[2 * k + 1] << 4)
+    codes = chunk.block_codes[0]
+    for k in range(out.size):
+        out[k] = codes[2 * k] | (codes[2 * k + 1] << 4)
 
 
-@inline
+@part
 def _find_infinite(bits: Bits, shift: np.uint32, row: int, result: Ints) -> None:
     """The first infinity or NaN from a row on; there is one."""
     col = 0
-    while U32(U32(bits[row, col]) << (shift & U32(31))) & _EXPONENT < _EXPONENT:
+    while _magnitude(bits[row, col], shift) < _EXPONENT:
         col += 1
         if col == bits.shape[1]:
             row, col = row + 1, 0

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv4_quant.formats import e8m0
+from dsv4_quant.formats.cost import Cost
+from dsv4_quant.kernels.figures import EXACT, FLUSHED, SATURATED, Figures, cost, in_order
+
+Part = NDArray[Any]
 
 
 class Quantised(NamedTuple):
@@ -36,26 +40,12 @@ class Quantised(NamedTuple):
     flushed: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What quantising one matrix cost: the blocks' figures, added up."""
+def statistics(result: Quantised, values: int) -> list[Cost]:
+    """What every matrix of a stack cost, in the stack's order; the same as the CPU casts say.
 
-    values: int
-    value_squares: float
-    error_squares: float
-    largest_error: float
-    saturated: int
-    flushed: int
-    blocks: int
-    exact_blocks: int
-    refused_blocks: int
-
-
-def statistics(result: Quantised, values: int) -> list[Statistics]:
-    """Add up the blocks of every matrix of a stack, in its order.
-
-    The float64 sums are taken one block after the other, row-major, so that they too have the same
-    bits whoever computed the blocks. Of refused blocks only the number counts.
+    The float64 sums are taken in the order of :mod:`dsv4_quant.kernels.figures`, so that they too
+    have the same bits whoever computed the blocks. A ValueError if a block was refused: what
+    nobody may write has no cost.
 
     Args:
         result: of quantise_fp4 or quantise_fp8, on any device.
@@ -63,25 +53,29 @@ def statistics(result: Quantised, values: int) -> list[Statistics]:
     """
     *stack, h, w = result.scales.shape
     matrices = math.prod(stack)
-    scales, *figures = (part.cpu().numpy().reshape(matrices, h * w) for part in result[1:])
-    value_squares, error_squares, largest_errors, saturated, flushed = figures
-    refused = scales == e8m0.NAN
-    return [
-        Statistics(
-            values=values,
-            value_squares=_in_order(value_squares[i]),
-            error_squares=_in_order(error_squares[i]),
-            largest_error=float(largest_errors[i].max(initial=0)),
-            saturated=int(saturated[i].sum(dtype=np.int64)),
-            flushed=int(flushed[i].sum(dtype=np.int64)),
-            blocks=scales.shape[1],
-            exact_blocks=int(((error_squares[i] == 0) & ~refused[i]).sum()),
-            refused_blocks=int(refused[i].sum()),
-        )
-        for i in range(matrices)
-    ]
+    parts = [part.cpu().numpy().reshape(matrices, h, w) for part in result[1:]]
+    if (parts[0] == e8m0.NAN).any():
+        raise ValueError("a block with an infinity or a NaN was refused: it has no cost")
+    return [cost([_figures(*(part[i] for part in parts), values)]) for i in range(matrices)]
 
 
-def _in_order(sums: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-    """One after the other: numpy's ``sum`` has an order of its own, its ``cumsum`` cannot."""
-    return float(np.cumsum(sums)[-1]) if sums.size else 0.0
+def _figures(
+    scales: Part,
+    value_squares: Part,
+    error_squares: Part,
+    largest_errors: Part,
+    saturated: Part,
+    flushed: Part,
+    values: int,
+) -> Figures:
+    """One matrix as a single panel; all but the last ``[h, w]``."""
+    figures = Figures.empty(len(scales))
+    figures.begin(len(scales), values, scales.size)
+    figures.value_squares[:] = in_order(value_squares)
+    figures.error_squares[:] = in_order(error_squares)
+    figures.largest_error[:] = largest_errors.max(initial=0)
+    figures.counts[SATURATED] = saturated.sum(dtype=np.int64)
+    figures.counts[FLUSHED] = flushed.sum(dtype=np.int64)
+    figures.counts[EXACT] = (error_squares == 0).sum()
+    figures.scales[:] = np.bincount(scales.reshape(-1), minlength=256)
+    return figures

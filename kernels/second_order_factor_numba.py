@@ -24,10 +24,11 @@ uncertain (Schaefer & Strimmer 2005, Statistical Applications in Genetics and Mo
     H = (1 - a) X'X + a diag(X'X),   a = sum of var(h_ij) / sum of h_ij**2, over all i != j
 
 Columns count as correlated after they were brought to one size. Inputs are not independent: a token
-comes again, neighbours share their context. So the variance is taken between groups of inputs,
-SEGMENTS runs of neighbours, and again as many runs of the inputs sorted by token; the larger one
-counts. Counted singly, a text of few different tokens would be believed far too much. White inputs
-give an a near 1. Above MOST_SHRINKAGE there is as much to lose as to gain, and nothing is moved.
+comes again, neighbours share their context. So the variance is taken between groups of inputs:
+SEGMENTS runs of neighbours, and again about as many groups of whole tokens; the larger one counts.
+Taken one by one, the inputs of a text of few different tokens would be believed far too much. White
+inputs give an a near 1. Above MOST_SHRINKAGE there is as much to lose as to gain, and nothing is
+moved.
 
 Everything is float64 in a fixed order, on the caller's thread: no BLAS, whose bits depend on its
 threads. Columns go by decreasing size (GPTQ's ``act-order``): the costly errors first, while there
@@ -38,6 +39,8 @@ n inputs, C columns, B = BLOCK columns whose errors are passed on together.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +85,7 @@ def factor(
 
     Args:
         inputs: ``[n, C]``, finite; neighbours in a text are neighbours here.
-        tokens: ``[n]``: the token that each comes from, if that is known.
+        tokens: ``[n]``: the id of the token that each comes from, if that is known.
         shrinkage: a, instead of an estimate.
 
     Returns:
@@ -133,26 +136,31 @@ def shrinkage_of(z: Doubles, tokens: NDArray[np.integer[Any]] | None = None) -> 
         tokens: ``[n]``, as for :func:`factor`.
     """
     n = len(z)
-    g = min(n, SEGMENTS)
-    if g < 2:
-        return 1.0
     total = float(np.square(_gram(z if n <= z.shape[1] else z.T)).sum())
     apart = total - float(np.square(np.square(z).sum(0)).sum())  # over i != j, as all below
-    parts = _sum_of_parts(z, g)
-    if tokens is not None:
-        parts = max(parts, _sum_of_parts(z[np.argsort(tokens, kind="stable")], g))
-    variance = g / (g - 1) * (parts - apart / g)
+    edges = np.unique(np.arange(SEGMENTS + 1) * n // SEGMENTS)
+    variance = _variance(z, edges, apart)
+    if tokens is not None and n:
+        order = np.argsort(tokens, kind="stable")
+        begins = np.flatnonzero(np.diff(tokens[order], prepend=-1, append=-1))  # of every token
+        at = begins[np.searchsorted(begins, edges)]  # a token is never cut in two
+        variance = max(variance, _variance(z[order], np.unique(at), apart))
     return 1.0 if variance >= apart else max(variance / apart, 0.0)
 
 
-def _sum_of_parts(z: Doubles, g: int) -> float:
-    """The sum over g runs of rows, and over i != j, of ``T_s,ij ** 2``."""
-    total = 0.0
-    for s in range(g):
-        some = z[len(z) * s // g : len(z) * (s + 1) // g]
-        total += float(np.square(_gram(some)).sum())
-        total -= float(np.square(np.square(some).sum(0)).sum())
-    return total
+def _variance(z: Doubles, edges: NDArray[np.integer[Any]], apart: float) -> float:
+    """Of ``T_ij``, summed over i != j, from groups of rows that begin and end at the edges.
+
+    apart: the sum of ``T_ij ** 2``. Infinite for fewer than two groups.
+    """
+    g = len(edges) - 1
+    if g < 2:
+        return inf
+    parts = 0.0
+    for start, stop in pairwise(edges):
+        parts += float(np.square(_gram(z[start:stop])).sum())
+        parts -= float(np.square(np.square(z[start:stop]).sum(0)).sum())
+    return g / (g - 1) * (parts - apart / g)
 
 
 def _gram(z: Doubles) -> Doubles:

@@ -87,7 +87,9 @@ def _round_checked(
     expect("out", out, np.uint8, (rows, cols))
     if (scales == e8m0.NAN).any() or not np.isfinite(values).all():
         return NAN
-    _round(values, e8m0.VALUES[scales], *block, *factor[:4], is_fp4, out)
+    spread = e8m0.VALUES[scales]
+    order, inputs, gains, within, _ = factor
+    _round(values, spread, *block, order, inputs, gains, within, is_fp4, out)
     return 0
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -79,22 +81,32 @@ class Hub:
     """Seconds for each MiB."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def files(self) -> dict[str, bytes]:
+    def paths(self) -> dict[str, Path]:
         return {
-            path.relative_to(self.root).as_posix(): path.read_bytes()
+            path.relative_to(self.root).as_posix(): path
             for path in sorted(self.root.rglob("*"))
             if path.is_file()
         }
+
+    def files(self) -> dict[str, bytes]:
+        return {name: path.read_bytes() for name, path in self.paths().items()}
 
 
 def is_large(name: str) -> bool:
     return name.endswith((".safetensors", ".bin"))
 
 
-def etag(name: str, data: bytes) -> str:
-    if is_large(name):
+def etag(path: Path) -> str:
+    stat = path.stat()
+    return _etag(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _etag(path: Path, size: int, _: int) -> str:
+    data = path.read_bytes()
+    if is_large(path.name):
         return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -122,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
             elif path.startswith(web):
                 self.file("/".join(revision[1:]))
             elif revision[0] == "tree":
-                self.answer([self.entry(name, data) for name, data in hub.files().items()])
+                self.answer([self.entry(name, path) for name, path in hub.paths().items()])
             else:
                 blobs = "blobs" in parse_qs(urlsplit(self.path).query)
                 self.info(blobs=blobs)
@@ -137,60 +149,55 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, *, blobs: bool) -> None:
         siblings = [
-            self.hub.lists(self.sibling(name, data)) if blobs else {"rfilename": name}
-            for name, data in self.hub.files().items()
+            self.hub.lists(self.sibling(name, path)) if blobs else {"rfilename": name}
+            for name, path in self.hub.paths().items()
         ]
         self.answer({"id": self.hub.repo, "modelId": self.hub.repo, "sha": self.hub.commit,
-                     "private": False, "downloads": 0, "tags": [], "siblings": siblings})  # fmt: skip
+                     "private": False, "tags": [], "siblings": siblings})  # fmt: skip
 
-    def sibling(self, name: str, data: bytes) -> dict[str, object]:
-        found: dict[str, object] = {
-            "rfilename": name, "size": len(data), "blobId": etag(name, data)[:40]
-        }  # fmt: skip
+    def sibling(self, name: str, path: Path) -> dict[str, object]:
+        size, said = path.stat().st_size, etag(path)
+        found: dict[str, object] = {"rfilename": name, "size": size, "blobId": said[:40]}
         if is_large(name):
-            found["lfs"] = {"sha256": etag(name, data), "size": len(data), "pointerSize": 134}
+            found["lfs"] = {"sha256": said, "size": size, "pointerSize": 134}
         return found
 
-    def entry(self, name: str, data: bytes) -> dict[str, object]:
-        found: dict[str, object] = {
-            "type": "file", "path": name, "size": len(data), "oid": "0" * 40,
-        }  # fmt: skip
+    def entry(self, name: str, path: Path) -> dict[str, object]:
+        size, said = path.stat().st_size, etag(path)
+        found: dict[str, object] = {"type": "file", "path": name, "size": size, "oid": said[:40]}
         if is_large(name):
-            found["lfs"] = {"oid": etag(name, data), "size": len(data), "pointerSize": 134}
-        else:
-            found["oid"] = etag(name, data)
+            found["lfs"] = {"oid": said, "size": size, "pointerSize": 134}
         return found
 
     def file(self, name: str) -> None:
-        data = self.hub.files().get(name)
-        if data is None:
+        path = self.hub.paths().get(name)
+        if path is None:
             self.refuse(404, "EntryNotFound")
             return
-        said = self.hub.etags.get(name, etag(name, data))
+        said, size = self.hub.etags.get(name, etag(path)), str(path.stat().st_size)
         headers = {"X-Repo-Commit": self.hub.commit, "ETag": f'"{said}"'}
         if is_large(name):
             headers |= {
-                "X-Linked-ETag": f'"{said}"', "X-Linked-Size": str(len(data)),
+                "X-Linked-ETag": f'"{said}"', "X-Linked-Size": size,
                 "Location": f"{self.hub.cdn}/cdn/{name}", "Content-Length": "0",
             }  # fmt: skip
             self.head(302, headers)
         elif self.command == "HEAD":
-            self.head(200, {**headers, "Content-Length": str(len(data))})
+            self.head(200, {**headers, "Content-Length": size})
         else:
             self.data(name, headers)
 
     def data(self, name: str, headers: dict[str, str] | None = None) -> None:
-        data = self.hub.files()[name]
-        if name in self.hub.false_bytes:
-            data = bytes(len(data))
-        start, stop, status = 0, len(data), 200
+        path = self.hub.paths()[name]
+        size = path.stat().st_size
+        start, stop, status = 0, size, 200
         said = self.headers.get("Range")
         if said:
             self.hub.ranges.append(f"{name} {said}")
             first, _, last = said.removeprefix("bytes=").partition("-")
             start, stop, status = int(first), int(last or stop - 1) + 1, 206
             headers = {**(headers or {}),
-                       "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}  # fmt: skip
+                       "Content-Range": f"bytes {start}-{stop - 1}/{size}"}  # fmt: skip
         trouble: Trouble = None
         if self.command == "GET":
             with self.hub.lock:
@@ -201,7 +208,9 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(trouble, Refuse):
             self.refuse(trouble.status, "", trouble.wait)
             return
-        body = trouble.data if isinstance(trouble, Send) else data[start:stop]
+        body = trouble.data if isinstance(trouble, Send) else part_of(path, start, stop)
+        if name in self.hub.false_bytes:
+            body = bytes(len(body))
         self.head(status, {**(headers or {}), "Content-Length": str(len(body))})
         if self.command == "HEAD":
             return
@@ -240,12 +249,27 @@ class Handler(BaseHTTPRequestHandler):
         self.head(status, {**headers, "X-Error-Message": f"test: {code}", "Content-Length": "0"})
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing when a client goes away."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def part_of(path: Path, start: int, stop: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
 @contextmanager
 def serving(root: Path) -> Iterator[Hub]:
     """Serves a folder until the block ends."""
     hub = Hub(root)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.url, hub.cdn = (f"http://{h}:{server.server_port}" for h in ("127.0.0.1", "localhost"))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_quant.cli.main import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"cli": "cli", "kernels": "kernels", "validators": "validators"}
 """Parts of the package that stand at the top level."""
@@ -173,24 +175,53 @@ def test_the_conversion_path_reaches_no_torch() -> None:
     assert len(seen) > 20
 
 
+# numba takes a third of a second, huggingface_hub and PyTorch take seconds.
 LIGHT = """
-import sys
-import {module}
-heavy = {{"torch", "triton", "transformers", "huggingface_hub"}} & set(sys.modules)
-assert not heavy, heavy
+import importlib, sys
+from dsv4_quant.cli.main import main
+
+def check(what):
+    heavy = {{"torch", "triton", "transformers", "huggingface_hub", "numba", "tqdm"}}
+    assert not heavy & set(sys.modules), (what, heavy & set(sys.modules))
+
+def run(arguments):
+    sys.argv = ["dsv4-quant", *arguments.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, (arguments, ended.code)
+
+for one in {things!r}:
+    {do}(one)
+    check(one)
 """
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["dsv4_quant", "dsv4_quant.conversion.run", "dsv4_quant.cli.main",
-     "dsv4_quant.validators.verify", "dsv4_quant.hub"],
-)  # fmt: skip
-def test_starting_imports_nothing_heavy(module: str) -> None:
-    """By running: a fresh interpreter."""
-    code = LIGHT.format(module=module)
+def light(do: str, things: list[str]) -> None:
+    """One thing after the other in a fresh interpreter, which must not import what takes long."""
+    code = LIGHT.format(do=do, things=things)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    """The commands' ``--help`` needs their modules and no more."""
+    commands = [f"dsv4_quant.cli.{name}" for name in COMMANDS]
+    assert len(commands) >= 10
+    light("importlib.import_module", [
+        "dsv4_quant", "dsv4_quant.cli.main", "dsv4_quant.hub", "dsv4_quant.conversion.run",
+        "dsv4_quant.validators.verify", *commands,
+    ])  # fmt: skip
+
+
+def test_what_reads_headers_alone_imports_nothing_heavy(tmp_path: Path) -> None:
+    src, out = ROOT / "tests" / "golden" / "tiny-fp4" / "checkpoint", tmp_path / "out"
+    light("run", [
+        f"inspect {src} --gpus 2",
+        f"verify {src} --level structure --quiet",
+        f"convert {src} {out} --gpus 2 --experts fp8 --dry-run",
+        f"repack {src} {out} --layout hf --dry-run",
+    ])  # fmt: skip
 
 
 # Modules whose numbers are a model's or a published constant's; elsewhere a 128 is most likely a

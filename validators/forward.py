@@ -21,6 +21,7 @@ from dsv4_quant.fingerprints.make import known_digest
 from dsv4_quant.fingerprints.parse import read_fingerprint
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Script
+from dsv4_quant.model import Reading
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 from dsv4_quant.validators.apart import CHECK, findings_of
@@ -38,6 +39,8 @@ class Verdict:
     findings: tuple[Finding, ...]
     weights: int = 0
     """How many weights the pass used."""
+    reading: Reading | None = None
+    """What it read, if it came to its end."""
 
     @property
     def text(self) -> str:
@@ -96,7 +99,7 @@ def check_fingerprint(
         findings += _digest_findings(measured, ckpt, chosen)
     findings += findings_of(ckpt, comparison, chosen, why, fresh)
     used = _used(ckpt, fresh.fingerprint.measured, script)
-    return Verdict(chosen, why, comparison, tuple(findings), used)
+    return Verdict(chosen, why, comparison, tuple(findings), used, fresh.reading)
 
 
 def _other_model(measured: Measured, ckpt: Checkpoint) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from dsv4_quant.catalogue import Catalogue, published_formats
@@ -79,11 +80,16 @@ def _judge_skipped_modules(
                       file=file, expected="head in it")  # fmt: skip
     if not quantization:
         return
+
+    @cache
+    def is_listed(module: str) -> bool:
+        """It, or what it is a part of."""
+        return module in listed or ("." in module and is_listed(module.rpartition(".")[0]))
+
     wrong: dict[str, str] = {}
     for spec in catalogue.specs.values():
         module = spec.name.removesuffix(".weight")
-        is_listed = any(prefix in listed for prefix in _prefixes(module))
-        if spec.kind == "fixed" or spec.format.is_quantised != is_listed:
+        if spec.kind == "fixed" or spec.format.is_quantised != is_listed(module):
             continue
         shown = module if spec.expert is None else module.rsplit(".", 2)[0]
         wrong[shown] = spec.format.kind
@@ -96,11 +102,6 @@ def _judge_skipped_modules(
             meaning = f"A loader would take its {kind} codes for BF16 weights."
         yield error("config", f"modules_to_not_convert {says} {module}", meaning,
                     file=file, expected=must)  # fmt: skip
-
-
-def _prefixes(module: str) -> Iterator[str]:
-    parts = module.split(".")
-    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
 def judge_inference_config(subject: Subject) -> Iterator[Finding]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from dsv4_quant.model import Reading
 
 Severity = Literal["error", "warning"]
 Level = Literal["structure", "checksums", "values", "forward"]
@@ -146,6 +149,8 @@ class Report:
     seconds: float = 0.0
     forward: str | None = None
     """The gate of the level ``forward``, why it applied, and its figures, in a line."""
+    reading: Reading | None = None
+    """What the level ``forward`` read, and how long it waited for that."""
 
     @property
     def errors(self) -> int:
@@ -172,6 +177,7 @@ class Report:
             "warnings": self.warnings,
             "value_digest": self.digest,
             "forward": self.forward,
+            "reading": None if self.reading is None else self.reading.to_json(),
             "seconds": round(self.seconds, 3),
             "checks": [asdict(check) | {"seconds": round(check.seconds, 3)}
                        for check in self.checks],

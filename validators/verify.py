@@ -37,6 +37,7 @@ from dsv4_quant.validators.work import Hashed, Work
 
 if TYPE_CHECKING:
     from dsv4_quant.fingerprints.gates import Gate
+    from dsv4_quant.model import Reading
 
 
 def verify(
@@ -133,16 +134,17 @@ def judge(
         wrong, more = _conclude(subject, values, claims)
         findings += wrong
         checks += more
-    said = None
+    said = reading = None
     if fingerprint is not None:
-        wrong, check, said = _forward(subject, fingerprint, gate, workers, progress, team)
+        wrong, check, said, reading = _forward(subject, fingerprint, gate, workers, progress, team)
         findings += wrong
         checks.append(check)
     digests = {} if values is None else values.found.digests
     report = team.lead(
         lambda: Report(
             str(path), level, tuple(checks), ordered(findings),
-            _model_digest(subject, digests), time.monotonic() - began, said,
+            _model_digest(subject, digests), time.monotonic() - began,
+            said, reading,
         )
     )  # fmt: skip
     return Judgement(report, subject, sizes, hashed.hashes, digests)
@@ -223,7 +225,7 @@ def _forward(
     workers: int | None,
     progress: Progress,
     team: Team,
-) -> tuple[list[Finding], Check, str]:
+) -> tuple[list[Finding], Check, str, Reading | None]:
     """The pass, unless a weight is missing: the other levels say which."""
     from dsv4_quant.validators.forward import check_fingerprint  # only here: it loads PyTorch
 
@@ -232,13 +234,19 @@ def _forward(
     if ckpt is None or subject.catalogue is None or subject.catalogue.specs.keys() - subject.sound:
         text = "the forward pass was not run"
         found = error("fingerprint", text, "Weights are missing; the other findings say which.")
-        return [found], Check("forward"), text
+        return [found], Check("forward"), text, None
     with ckpt:
         verdict = check_fingerprint(
             ckpt, fingerprint, gate=gate, threads=workers, progress=progress, team=team
         )
-    check = Check("forward", tensors=verdict.weights, seconds=time.monotonic() - began)
-    return list(verdict.findings), check, verdict.text
+    reading = verdict.reading
+    check = Check(
+        "forward",
+        tensors=verdict.weights,
+        bytes=0 if reading is None else reading.bytes_read,
+        seconds=time.monotonic() - began,
+    )
+    return list(verdict.findings), check, verdict.text, reading
 
 
 def _model_digest(subject: Subject, digests: Mapping[str, str]) -> str | None:

@@ -56,11 +56,10 @@ def collect(
     mtp = config.num_mtp_blocks == 1 and not config.is_dspark
     try:
         with _Collector(folder, tokens, progress or NoProgress()) as collector:
-            forward(ckpt, prompts, mtp=mtp, observer=collector, threads=threads)
+            forward(ckpt, prompts, mtp=mtp, observer=collector, threads=threads, keep_logits=False)
     except OSError as error:
         raise WriteError(f"Writing failed: {error.strerror}", file=folder) from error
-    ids = np.array([token for prompt in prompts for token in prompt])
-    return Calibration(folder, ckpt.specs, collector.places, ids)
+    return Calibration(folder, ckpt.specs, collector.places, prompts)
 
 
 class _Collector(Observer):

@@ -10,11 +10,13 @@ T tokens, n of them at an expert, d hidden_size, f moe_intermediate_size, C colu
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +61,10 @@ class Reach:
     """Tokens per expert, all experts counted."""
 
 
+METHOD = "second order, shrunk moments, 1"
+"""Another number is for codes that differ from those before."""
+
+
 def part_file(folder: Path, layer: int, part: Part) -> Path:
     """The file of one part of a layer's inputs."""
     return folder / f"layer-{layer}.{part}"
@@ -78,7 +84,7 @@ class Calibration:
         folder: where the files are; whoever named it removes it.
         specs: the model's weights by name.
         places: by layer and expert; none for an expert that no token went to.
-        tokens: ``[T]``, the ids, all prompts one after the other.
+        prompts: token ids.
     """
 
     def __init__(
@@ -86,11 +92,28 @@ class Calibration:
         folder: Path,
         specs: Mapping[str, TensorSpec],
         places: Mapping[tuple[int, int], Place],
-        tokens: NDArray[np.int64],
+        prompts: Sequence[Sequence[int]],
     ) -> None:
-        self._folder, self._specs, self._places, self._tokens = folder, specs, places, tokens
+        self._folder, self._specs, self._places = folder, specs, places
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._tokens = np.array([token for prompt in prompts for token in prompt])
         self._lock = threading.Lock()
         self._factors: OrderedDict[Key, Future[Factor | None]] = OrderedDict()
+
+    @property
+    def identity(self) -> str:
+        """A hash of the prompts and the method: with the weights, all that codes depend on."""
+        return hashlib.sha256(json.dumps([METHOD, self._prompts]).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """For a manifest: what was run, and how many experts it reached."""
+        return {
+            "method": METHOD,
+            "identity": self.identity,
+            "prompts": len(self._prompts),
+            "tokens": len(self._tokens),
+            **asdict(self.reach()),
+        }
 
     def inputs(self, name: str) -> NDArray[np.float32]:
         """The rows ``[n, C]`` that a weight is multiplied with, in the order of the tokens.
@@ -113,7 +136,8 @@ class Calibration:
         key = self._key(self._specs[name])
         if key is None:
             return self._tokens[:0]
-        return self._tokens[self._open(key[0], "rows", np.int32)[self._own(key)]]
+        seen: NDArray[np.int64] = self._tokens[self._open(key[0], "rows", np.int32)[self._own(key)]]
+        return seen
 
     def factor(self, name: str) -> Factor | None:
         """What rounding this weight needs; None where it is to be rounded plainly.

@@ -165,6 +165,6 @@ def expected_entries(
     return expected
 
 
-def placed(tensor: StoredTensor, catalogue: Catalogue, folder: Folder) -> Iterator[Piece]:
+def placed(tensor: StoredTensor, catalogue: Catalogue, folder: Folder) -> tuple[Piece, ...]:
     """The pieces of a tensor in the checkpoint's files."""
     return pieces(tensor, folder.gpus, catalogue.config.n_routed_experts)

@@ -7,9 +7,10 @@ rank tile the matrix exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from typing import Literal
 
 from dsv4_quant.catalogue import DTYPE_BITS, StoredTensor
 
@@ -38,26 +39,31 @@ def geometry(tensor: StoredTensor) -> tuple[int, int]:
     return rows, tensor.nbytes // rows
 
 
-def pieces(tensor: StoredTensor, gpus: int, experts: int) -> Iterator[Piece]:
+def pieces(tensor: StoredTensor, gpus: int, experts: int) -> tuple[Piece, ...]:
     """The piece of a tensor on every rank that holds one; ``experts`` is n_routed_experts.
 
     The GPU count must have passed ``catalogue.check_gpus``.
     """
-    rows, row_bytes = geometry(tensor)
-    split, shape = tensor.spec.split, tensor.shape
-    if split == "expert":
-        assert tensor.spec.expert is not None
-        rank = tensor.spec.expert // (experts // gpus)
-        yield Piece(rank, 0, rows, 0, row_bytes, shape)
-        return
-    for rank in range(gpus):
-        if split is None or gpus == 1:
-            yield Piece(rank, 0, rows, 0, row_bytes, shape)
-            continue
-        part = shape[split] // gpus
-        held = (*shape[:split], part, *shape[split + 1 :])
-        if split == 0 and len(shape) > 1:
-            yield Piece(rank, rank * part, part, 0, row_bytes, held)
-        else:  # a slice of every row
-            width = part * prod(shape[split + 1 :]) * DTYPE_BITS[tensor.dtype] // 8
-            yield Piece(rank, 0, rows, rank * width, width, held)
+    split = tensor.spec.split
+    if split != "expert":
+        return _cut(tensor.dtype, tensor.shape, split, gpus)
+    assert tensor.spec.expert is not None
+    rank = tensor.spec.expert // (experts // gpus)
+    return _cut(tensor.dtype, tensor.shape, None, 1, rank)
+
+
+@lru_cache(maxsize=1 << 14)  # a checkpoint has a few hundred kinds of tensors, and 145,116 tensors
+def _cut(
+    dtype: str, shape: tuple[int, ...], split: Literal[0, 1] | None, gpus: int, first: int = 0
+) -> tuple[Piece, ...]:
+    """A piece for each of so many ranks from the first on; without a split the whole tensor."""
+    rows = 1 if len(shape) == 1 else shape[0]
+    row_bytes = prod(shape) * DTYPE_BITS[dtype] // 8 // rows
+    if split is None or gpus == 1:
+        return tuple(Piece(first + rank, 0, rows, 0, row_bytes, shape) for rank in range(gpus))
+    part = shape[split] // gpus
+    held = (*shape[:split], part, *shape[split + 1 :])
+    if split == 0 and len(shape) > 1:
+        return tuple(Piece(rank, rank * part, part, 0, row_bytes, held) for rank in range(gpus))
+    width = part * prod(shape[split + 1 :]) * DTYPE_BITS[dtype] // 8  # a slice of every row
+    return tuple(Piece(rank, 0, rows, rank * width, width, held) for rank in range(gpus))

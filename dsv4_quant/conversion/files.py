@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dsv4_quant.checkpoint.manifest import FileRecord
@@ -185,7 +185,10 @@ def sync_folder(path: Path) -> None:
 
 
 def prefix_hashes(
-    path: Path, marks: Iterable[int], kind: HashKind = "sha256"
+    path: Path,
+    marks: Iterable[int],
+    kind: HashKind = "sha256",
+    advance: Callable[[int], None] = lambda count: None,
 ) -> dict[int, FileHash]:
     """A hash object for each prefix of those lengths, as far as the file goes."""
     found: dict[int, FileHash] = {}
@@ -198,5 +201,6 @@ def prefix_hashes(
                     return found
                 sum.update(data)
                 at += len(data)
+                advance(len(data))
             found[mark] = sum.copy()
     return found

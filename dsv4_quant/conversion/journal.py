@@ -6,51 +6,36 @@ stamps of the source files that were read. Each further line is a *cut*: all ste
 done, every file's bytes up to its mark are on the disk (fdatasync came first) and have that
 SHA-256, and these are the digests that came out. A cut is believed only if the bytes still have
 those hashes: names, sizes and times prove nothing.
+
+Several processes divide a plan into parts and keep a journal for each; they hold the lock together.
+Whoever continues, be it more or fewer of them, continues these parts.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from dsv4_quant.checkpoint.folder import PARTIAL
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.conversion.files import prefix_hashes, sync_folder, write_durably
+from dsv4_quant.conversion.notes import NEW, Cut, Journal, Notes
 from dsv4_quant.errors import BusyError, WriteError
 
 FOLDER = PARTIAL
-_LOCK, _JOURNAL, _NEW = "lock", "journal", "journal.new"
+_LOCK, _JOURNAL = "lock", "journal"
+_JOURNALS = re.compile(rf"{_JOURNAL}(?:-[0-9]+-of-([0-9]+))?")
 _REPLACED = "replaced"
 FREED = "freed"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Some network filesystems keep none; there it is the user who must not start two runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A point that a run can continue from. Results are those of the steps since the last cut."""
-
-    steps: int
-    files: Mapping[str, tuple[int, str]]
-    results: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Journal:
-    """What an earlier run wrote down."""
-
-    plan: Mapping[str, Any]
-    stamps: Mapping[str, Any]
-    cuts: tuple[Cut, ...] = ()
 
 
 @dataclass(slots=True)
@@ -73,8 +58,9 @@ def freed_headers(out: Path) -> Path | None:
     A run that was cut off while it tidied up behind a complete output is helped to its end.
     """
     folder = out / FOLDER / FREED
-    begun = any((out / FOLDER / name).exists() for name in (_JOURNAL, _REPLACED))
-    if (out / FOLDER).is_dir() and (out / MANIFEST).exists() and not begun:
+    partial = out / FOLDER
+    begun = (partial / _REPLACED).exists() or any(_journals(partial))
+    if partial.is_dir() and (out / MANIFEST).exists() and not begun:
         work = Workspace(out)
         try:
             work.discard(complete=True)
@@ -83,12 +69,29 @@ def freed_headers(out: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-class Workspace:
-    """The folder of an unfinished conversion, held by one run at a time."""
+def _journals(folder: Path) -> Iterator[tuple[Path, int]]:
+    """The journals that lie there, and how many parts each of them says that there are."""
+    for path in folder.glob(f"{_JOURNAL}*"):
+        if (found := _JOURNALS.fullmatch(path.name)) is not None:
+            yield path, int(found[1] or 1)
 
-    def __init__(self, out: Path) -> None:
+
+class Workspace:
+    """The folder of an unfinished conversion, held by one run at a time.
+
+    The processes of a run hold it together: the first opens it (``share``), the others ``join``.
+    """
+
+    def __init__(self, out: Path, *, join: bool = False) -> None:
         self.out = out
         self.folder = out / FOLDER
+        self.replaced = self.folder / _REPLACED
+        self.freed = self.folder / FREED
+        self.made_out = False
+        if join:
+            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            self.share()
+            return
         try:
             made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.made_out = out in made
@@ -102,20 +105,21 @@ class Workspace:
             raise WriteError(
                 f"The output folder cannot be made: {error.strerror}", file=out
             ) from None
-        self._journal: int | None = None
-        self.replaced = self.folder / _REPLACED
-        self.freed = self.folder / FREED
         if not self._is_ours():
             os.close(self._lock)
-            raise BusyError(
-                "Another run is writing to this folder",
-                file=out,
-                hint="Wait for it to end, or give another OUT.",
-            )
+            raise _busy(out)
 
         for entry in self.folder.iterdir():
             if entry.is_symlink():  # nobody may send our writes elsewhere
                 entry.unlink()
+
+    def share(self) -> None:
+        """Lets other processes of this run in, but no other run. Raises BusyError."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise _busy(self.out) from None
 
     def _is_ours(self) -> bool:
         """Takes the lock; not that of a folder which another run has just removed."""
@@ -129,35 +133,28 @@ class Workspace:
             return False
 
     @property
+    def parts(self) -> int:
+        """Into how many parts an earlier run divided its plan; 0 if it left no journal."""
+        return max((count for _, count in _journals(self.folder)), default=0)
+
+    def notes(self, number: int = 0, count: int = 1) -> Notes:
+        """The journal of one of so many parts."""
+        return Notes(self.folder / (f"{_JOURNAL}-{number}-of-{count}" if count > 1 else _JOURNAL))
+
+    @property
     def journal(self) -> Journal | None:
-        """What an earlier run wrote, as far as its lines are whole; None if not even the first."""
-        lines = self._lines()
-        if not lines:
-            return None
-        first, *cuts = lines
-        return Journal(first["plan"], first["stamps"], tuple(map(_parse_cut, cuts)))
+        """What an earlier run wrote; of several parts, the first that wrote anything."""
+        for number in range(count := self.parts):
+            if (found := self.notes(number, count).read()) is not None:
+                return found
+        return None
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """The lines up to the first that a power loss has torn, or that has lost a bit."""
-        try:
-            content = (self.folder / _JOURNAL).read_bytes()
-        except FileNotFoundError:
-            return []
-        found = []
-        for line in content.split(b"\n"):
-            check, _, text = line.partition(b" ")
-            if check != _check(text):
-                break
-            found.append(json.loads(text))
-        return found
-
-    def begin(self, plan: Mapping[str, Any], stamps: Mapping[str, Any]) -> None:
-        """Empties the folder and starts a journal for this plan."""
+    def clear(self) -> None:
+        """Empties the folder, for another plan."""
         self._require_no_freed()
         for entry in self.folder.iterdir():
             if entry.name not in (_LOCK, _REPLACED):
                 entry.unlink()
-        self._start(Journal(plan, stamps))
 
     def set_aside(self, names: Iterable[str]) -> None:
         """Moves files of OUT out of the way. Until ``drop_replaced`` they can come back.
@@ -193,7 +190,7 @@ class Workspace:
         Enough to plan with, so that a run continues when the file itself is gone.
         """
         self.freed.mkdir(exist_ok=True)
-        new = self.freed / _NEW
+        new = self.freed / f"header{NEW}"
         with path.open("rb") as file:
             write_durably(new, file.read(header_bytes))
         os.truncate(new, path.stat().st_size)
@@ -223,26 +220,19 @@ class Workspace:
             aside.replace(place)
         shutil.rmtree(self.replaced)
 
-    def resume(self, before: Journal, stamps: Mapping[str, Any], cuts: int) -> None:
-        """Continues a journal after its first so many cuts."""
-        self._start(Journal(before.plan, stamps, before.cuts[:cuts]))
+    def sound(
+        self, cuts: Sequence[Cut], advance: Callable[[int], None] = lambda count: None
+    ) -> Resume:
+        """The last cut whose bytes, and those of all before it, are as the journal says.
 
-    def _start(self, journal: Journal) -> None:
-        lines = [{"plan": journal.plan, "stamps": journal.stamps}, *map(_cut_line, journal.cuts)]
-        write_durably(self.folder / _NEW, b"".join(map(_line, lines)))
-        (self.folder / _NEW).replace(self.folder / _JOURNAL)
-        sync_folder(self.folder)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
-        self._journal = os.open(self.folder / _JOURNAL, flags)
-
-    def sound(self, cuts: Sequence[Cut]) -> Resume:
-        """The last cut whose bytes, and those of all before it, are as the journal says."""
+        ``advance`` is told of bytes that were read.
+        """
         marks: dict[str, list[int]] = {}
         for cut in cuts:
             for name, (mark, _) in cut.files.items():
                 marks.setdefault(name, []).append(mark)
         hashes = {
-            name: prefix_hashes(path, wanted)
+            name: prefix_hashes(path, wanted, advance=advance)
             for name, wanted in marks.items()
             if (path := self.locate(name)).is_file()
         }
@@ -264,21 +254,6 @@ class Workspace:
         here, place = self.folder / name, self.out / name
         return place if place.exists() and not here.exists() else here
 
-    def record(self, cut: Cut) -> None:
-        """Appends a cut; on the disk when this returns."""
-        assert self._journal is not None
-        data = _line(_cut_line(cut))
-        try:
-            if os.write(self._journal, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._journal)
-        except OSError as error:
-            raise WriteError(
-                f"The journal cannot be written: {error.strerror}",
-                file=self.folder / _JOURNAL,
-                hint="Make room and run the same command again.",
-            ) from None
-
     def discard(self, *, complete: bool = False) -> None:
         """Removes the folder and all in it, and OUT too if this run made it and it is empty.
 
@@ -288,7 +263,8 @@ class Workspace:
         if not complete:
             self._require_no_freed()
         self._put_back()
-        (self.folder / _JOURNAL).unlink(missing_ok=True)
+        for journal, _ in _journals(self.folder):
+            journal.unlink()
         shutil.rmtree(self.freed, ignore_errors=True)
         for entry in self.folder.iterdir():
             entry.unlink()
@@ -298,31 +274,18 @@ class Workspace:
 
     def close(self) -> None:
         """Lets another run in."""
-        journal, self._journal = self._journal, None
-        if journal is not None:
-            os.close(journal)
         os.close(self._lock)
+
+
+def _busy(out: Path) -> BusyError:
+    return BusyError(
+        "Another run is writing to this folder",
+        file=out,
+        hint="Wait for it to end, or give another OUT.",
+    )
 
 
 def _remove_empty(folder: Path, out: Path) -> None:
     while folder != out and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent
-
-
-def _cut_line(cut: Cut) -> dict[str, Any]:
-    return {"steps": cut.steps, "files": cut.files, "results": cut.results}
-
-
-def _parse_cut(line: Mapping[str, Any]) -> Cut:
-    files = {name: (mark, sha256) for name, (mark, sha256) in line["files"].items()}
-    return Cut(line["steps"], files, line["results"])
-
-
-def _line(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(value, separators=(",", ":")).encode()
-    return _check(text) + b" " + text + b"\n"
-
-
-def _check(text: bytes) -> bytes:
-    return blake3(text).hexdigest().encode()

@@ -24,7 +24,8 @@ from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.conversion import operations
 from dsv4_quant.conversion.files import rehash, sync_folder
-from dsv4_quant.conversion.journal import Cut, Workspace
+from dsv4_quant.conversion.journal import Workspace
+from dsv4_quant.conversion.notes import Cut
 from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.plan import COPY, Plan, Step
 from dsv4_quant.conversion.source import not_as_stated

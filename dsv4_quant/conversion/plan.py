@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NamedTuple
 
 from dsv4_quant.catalogue import (
     Catalogue,
@@ -24,7 +25,7 @@ from dsv4_quant.catalogue import (
     shard_of,
 )
 from dsv4_quant.catalogue import stored as stored_tensors
-from dsv4_quant.checkpoint.header import DTYPE_ORDER, build_header
+from dsv4_quant.checkpoint.header import DTYPE_RANK, build_header
 from dsv4_quant.checkpoint.placement import pieces
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.reads import reads
@@ -39,8 +40,7 @@ CUT_BYTES = 1 << 30
 """How often a run writes down how far it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A rectangle of an output tensor in one file: its rows, and bytes of each row."""
 
     file: int
@@ -51,8 +51,7 @@ class Target:
     row_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One output tensor: the weight it comes from, the operation, and where it goes."""
 
     spec: TensorSpec
@@ -61,12 +60,23 @@ class Step:
     targets: tuple[Target, ...]
     lossy: bool = False
     """Values are rounded where the operation is not exact, and what that costs is counted."""
+    owned: bool = True
+    """All rows are read, for digest, proof and cost; else only those that the targets hold."""
 
     @property
     def needs_codes(self) -> bool:
         """Whether it reads codes too: a copy's scales, and FP8's of FP4's, are made of scales."""
         of_scales = self.operation == COPY or (self.operation == "fp4_to_fp8" and not self.lossy)
         return not (self.out.is_scale and of_scales)
+
+    def needs(self, start: int, stop: int) -> bool:
+        """Whether rows [start, stop) of the weight must be read."""
+        if self.owned and not self.out.is_scale:
+            return True
+        block = self.out.spec.format.block if self.out.is_scale else None
+        b = 1 if block is None else block[0]
+        first, last = start // b, -(-stop // b)
+        return any(max(first, t.row) < min(last, t.row + t.rows) for t in self.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +132,8 @@ def make_plan(source: Checkpoint, request: Request) -> Plan:
     held = [
         (spec, tensor)
         for spec in source.specs.values()
-        for tensor in stored_tensors(spec._replace(format=catalogue.specs[spec.name].format),
-                                     request.layout)
-    ]  # fmt: skip
+        for tensor in stored_tensors(catalogue.specs[spec.name], request.layout)
+    ]
     files, places = _lay_out(held, catalogue, request)
     steps = [
         Step(
@@ -188,6 +197,7 @@ def _pairs(before: Formats, after: Formats) -> tuple[tuple[Format, Format], ...]
     )
 
 
+@cache
 def operation_name(before: Format, after: Format) -> str:
     """``copy``, or such as ``fp4_to_fp8``. Raises UsageError for a road that does not exist."""
     if before == after:
@@ -198,6 +208,7 @@ def operation_name(before: Format, after: Format) -> str:
     return name
 
 
+@cache
 def may_round(before: Format, after: Format) -> bool:
     """Whether a cast can be one that changes values: to fewer bits, or from scales in float32.
 
@@ -216,7 +227,7 @@ def _order(step: Step, layout: Layout) -> tuple[int, int, str]:
     one after the other.
     """
     file = step.targets[0].file if layout == "hf" else 0
-    return file, DTYPE_ORDER.index(step.out.dtype), step.out.name
+    return file, DTYPE_RANK[step.out.dtype], step.out.name
 
 
 def _lay_out(
@@ -227,10 +238,9 @@ def _lay_out(
     content: list[list[tuple[str, str, tuple[int, ...]]]] = [[] for _ in names]
     parts = {}
     for spec, tensor in held:
-        part = list(pieces(tensor, request.gpus, catalogue.config.n_routed_experts))
         parts[tensor.name] = [
             (piece.rank if request.layout == "mp" else shard_of(spec, catalogue.config), piece)
-            for piece in part
+            for piece in pieces(tensor, request.gpus, catalogue.config.n_routed_experts)
         ]
         for file, piece in parts[tensor.name]:
             content[file].append((tensor.name, tensor.dtype, piece.shape))

@@ -26,7 +26,6 @@ from dsv4_quant.kernels.fp4_to_fp8_numba import fp4_to_fp8, fp8_scales
 from dsv4_quant.kernels.fp8_to_bf16_numba import fp8_to_bf16
 from dsv4_quant.kernels.fp8_to_f32_numba import fp8_to_f32
 from dsv4_quant.kernels.jit_numba import INEXACT, NAN
-from dsv4_quant.kernels.jit_numba import INEXACT, NAN
 from dsv4_quant.kernels.quantise_fp4_numba import quantise_fp4
 from dsv4_quant.kernels.quantise_fp8_numba import quantise_fp8
 

@@ -19,11 +19,12 @@ from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
-from dsv4_quant.conversion import operations
+from dsv4_quant.conversion.casts import Casts, OnProcessor
 from dsv4_quant.conversion.certificate import find_tile
 from dsv4_quant.conversion.files import OutputFile
-from dsv4_quant.conversion.journal import Cut, Resume, Workspace
+from dsv4_quant.conversion.journal import Resume, Workspace
 from dsv4_quant.conversion.moving import Mover
+from dsv4_quant.conversion.notes import Cut, Notes
 from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.plan import COPY, Plan, Step, cuts
 from dsv4_quant.conversion.source import not_as_stated
@@ -89,15 +90,17 @@ class Stream:
         self,
         plan: Plan,
         work: Workspace,
+        notes: Notes,
         resume: Resume,
         *,
         values: int,
         progress: Progress,
         stated: Mapping[str, str],
         mover: Mover | None = None,
+        casts: Callable[[], Casts] = OnProcessor,
     ) -> None:
-        self._plan, self._work, self._progress = plan, work, progress
-        self._stated, self._mover = stated, mover
+        self._plan, self._notes, self._progress = plan, notes, progress
+        self._stated, self._mover, self._casts = stated, mover, casts
         self._values = values
         self._first = resume.steps
         self.results = {name: Result.from_json(r) for name, r in resume.results.items()}
@@ -120,10 +123,11 @@ class Stream:
 
     def _widest_before(self) -> tuple[int, int, int]:
         """Of an earlier run's results: the widest spread, at the first step that has it."""
-        ranks = [(0, 0, 0)]
+        ranks = [(-1, 0, 0)]  # zeros alone have no spread, and a first tile all the same
         for index in range(self._first):
             step = self._plan.steps[index]
-            worst = None if step.out.is_scale else self.results[step.spec.name].proof.worst
+            has_result = step.owned and not step.out.is_scale
+            worst = self.results[step.spec.name].proof.worst if has_result else None
             if worst is not None:
                 ranks.append((worst[0], -index, 0))
         return max(ranks)
@@ -145,12 +149,12 @@ class Stream:
             raise self._failed[0]
 
     def _worker(self) -> Callable[[list[Bite]], None]:
-        hasher = LeafHasher()
+        hasher, casts = LeafHasher(), self._casts()
 
         def work(batch: list[Bite]) -> None:
             try:
                 for bite in batch:
-                    self._take(bite, hasher)
+                    self._take(bite, hasher, casts)
             except BaseException as error:
                 self._fail(error)
                 raise
@@ -191,11 +195,13 @@ class Stream:
             step = self._plan.steps[index]
             rows = step.spec.matrix[0]
             height = panel_rows(step.spec, (step.out.spec.format,), self._values)
-            if not step.out.is_scale:
+            if step.owned and not step.out.is_scale:
                 read = TensorDigest(*step.spec.matrix)
                 written = TensorDigest(*step.spec.matrix) if step.lossy else read
                 self._open[index] = _OpenWeight(read, written, -(-rows // height))
             for start, stop in row_ranges(rows, height):
+                if not step.needs(start, stop):
+                    continue
                 batch.append(Bite(index, start, stop))
                 size += step.out.nbytes * (stop - start) // rows
                 if size >= BATCH_BYTES:
@@ -204,28 +210,39 @@ class Stream:
         if batch:
             yield batch
 
-    def _take(self, bite: Bite, hasher: LeafHasher) -> None:
+    def _take(self, bite: Bite, hasher: LeafHasher, casts: Casts) -> None:
         """One bite, all the way from the source to the output files."""
         step = self._plan.steps[bite.step]
         source, spec = self._plan.source, step.spec
         if step.out.is_scale:
-            data, first = self._scales(step, bite)
+            data, first = self._scales(step, bite, casts)
+        elif not step.owned:
+            data, first = self._codes(step, bite, casts), bite.start
         else:
             panel = source.read_rows(spec.name, bite.start, bite.stop, copies=True)
             held = Panel(spec.name, bite.start, panel, step.out.spec.format)
             weight = self._open[bite.step]
             if step.lossy:
-                data, first = self._rounded(weight, held, hasher), bite.start
+                data, first = self._rounded(weight, held, hasher, casts), bite.start
                 proof = Proof()
             else:
                 proof = Proof()
-                data, first = operations.weight(step.operation, held, proof), bite.start
+                data, first = casts.weight(step.operation, held, proof), bite.start
                 self._look_up_worst(bite, held, proof)
             for leaf in hasher.leaves(spec.name, panel, bite.start):
                 weight.read.add(*leaf)
             self._finish(bite.step, proof)
         rows = 1 if len(spec.shape) == 1 else data.shape[0]
         self._write(step, first, data.reshape(rows, -1).view(np.uint8))
+
+    def _codes(self, step: Step, bite: Bite, casts: Casts) -> NDArray[Any]:
+        """The output's rows for a bite of a weight that another part answers for."""
+        name = step.spec.name
+        panel = self._plan.source.read_rows(name, bite.start, bite.stop)
+        held = Panel(name, bite.start, panel, step.out.spec.format)
+        if step.lossy:
+            return casts.requantise(held, self._plan.request.rule).tensor.codes
+        return casts.weight(step.operation, held, Proof())
 
     def _look_up_worst(self, bite: Bite, panel: Panel, proof: Proof) -> None:
         """Finds the widest tile of a panel, where it may be the plan's first widest one."""
@@ -239,11 +256,11 @@ class Stream:
             self._widest = rank
         proof.worst = (spread, *find_tile(panel, spread))
 
-    def _rounded(self, weight: _OpenWeight, panel: Panel, hasher: LeafHasher) -> NDArray[Any]:
+    def _rounded(
+        self, weight: _OpenWeight, panel: Panel, hasher: LeafHasher, casts: Casts
+    ) -> NDArray[Any]:
         """Codes of the rows in their new format; what that costs is kept until the last bite."""
-        from dsv4_quant.conversion.requantise import requantise
-
-        rounded = requantise(panel, self._plan.request.rule)
+        rounded = casts.requantise(panel, self._plan.request.rule)
         weight.figures[panel.first_row] = rounded.figures
         for leaf in hasher.leaves(panel.name, rounded.tensor, panel.first_row):
             weight.written.add(*leaf)
@@ -265,7 +282,7 @@ class Stream:
                 self.results[name] = Result(read, written, weight.proof, cost)
                 del self._open[index]
 
-    def _scales(self, step: Step, bite: Bite) -> tuple[NDArray[Any], int]:
+    def _scales(self, step: Step, bite: Bite, casts: Casts) -> tuple[NDArray[Any], int]:
         """The output's scale rows for a bite, and the number of the first."""
         block = step.out.spec.format.block
         assert block is not None
@@ -281,10 +298,8 @@ class Stream:
             panel = self._plan.source.read_rows(step.spec.name, bite.start, bite.stop)
         held_panel = Panel(step.spec.name, bite.start, panel, step.out.spec.format)
         if step.lossy:
-            from dsv4_quant.conversion.requantise import rounded_scales
-
-            return rounded_scales(held_panel, self._plan.request.rule), first
-        return operations.scale(step.operation, held_panel), first
+            return casts.rounded_scales(held_panel, self._plan.request.rule), first
+        return casts.scale(step.operation, held_panel), first
 
     def _write(self, step: Step, first: int, data: NDArray[np.uint8]) -> None:
         """Rows of an output tensor, to every file that holds some of their bytes."""
@@ -318,7 +333,7 @@ class Stream:
                     for index in marks:
                         self.files[index].sync()
                     cut = self._cut(done, steps, marks)
-                    self._work.record(cut)
+                    self._notes.record(cut)
                     if self._plan.source.arrivals is not None:
                         self._plan.source.arrivals.release(steps)
                     if self._mover is not None:
@@ -338,7 +353,8 @@ class Stream:
             self._plan.files[index].name: (mark, self.files[index].marked[mark])
             for index, mark in marks.items()
         }
-        names = (s.spec.name for s in self._plan.steps[done:steps] if not s.out.is_scale)
+        some = self._plan.steps[done:steps]
+        names = (step.spec.name for step in some if step.owned and not step.out.is_scale)
         return Cut(steps, files, {name: self.results[name].to_json() for name in names})
 
     def _reached(self, marks: dict[int, int]) -> bool:

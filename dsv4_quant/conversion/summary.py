@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.budget import budget
+from dsv4_quant.conversion.device import Device, casts_on
 from dsv4_quant.conversion.journal import freed_headers
 from dsv4_quant.conversion.plan import COPY, Plan, make_plan
 from dsv4_quant.conversion.request import Request
@@ -66,14 +67,16 @@ def plan_conversion(
     overwrite: bool = False,
     move: bool = False,
     arrivals: Arrivals | None = None,
+    device: Device = "cpu",
 ) -> PlanSummary:
     """The plan of a conversion in figures.
 
     Raises what ``convert`` would raise before it reads a value, but for a full disk.
     """
+    casts_on(device)
     with Checkpoint.open(src, freed=freed_headers(Path(out)), arrivals=arrivals) as source:
         plan = make_plan(source, request)
-        limits = budget(plan, workers=workers, max_memory=max_memory)
+        limits = budget(plan, workers=workers, max_memory=max_memory, device=device)
         check_separate(source.root, Path(out))
         if not overwrite and Path(out).is_dir() and not (Path(out) / MANIFEST).exists():
             check_empty(Path(out))

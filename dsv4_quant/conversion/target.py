@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -135,6 +136,12 @@ def plan_key(plan: Plan) -> dict[str, Any]:
         },
         "rule": plan.request.rule.value if plan.is_lossy else None,
     }
+
+
+def same_plan(plan: Plan) -> str:
+    """What processes must agree on before they share a plan."""
+    options = plan.request.lossy, plan.request.rule.value
+    return json.dumps([plan_key(plan), str(options), [file.size for file in plan.files]])
 
 
 def _key_of(manifest: Manifest) -> dict[str, Any]:

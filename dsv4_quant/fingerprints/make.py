@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsv4_quant.checkpoint import Checkpoint
@@ -14,6 +14,7 @@ from dsv4_quant.fingerprints.file import check_size
 from dsv4_quant.fingerprints.prompts import choose_prompts
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Activations, Arithmetic, make_script
+from dsv4_quant.model import Reading
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 
@@ -28,6 +29,7 @@ def make_fingerprint(
     threads: int | None = None,
     progress: Progress | None = None,
     team: Team | None = None,
+    told: Callable[[Reading], None] | None = None,
 ) -> Fingerprint:
     """What a checkpoint says on fixed prompts.
 
@@ -37,6 +39,7 @@ def make_fingerprint(
         digest: compute the value digest where no manifest states it; reads every byte.
         threads: of a process, for the pass; they change no bit.
         team: the processes that share the prompts.
+        told: is given what the pass read, and how long it waited for that.
 
     Raises:
         UnreadableError: the folder is no checkpoint.
@@ -57,7 +60,9 @@ def make_fingerprint(
         recording = record(
             ckpt, script, value_digest=known, threads=threads, progress=progress, team=team
         )
-        return recording.fingerprint
+    if told is not None:
+        told(recording.reading)
+    return recording.fingerprint
 
 
 def known_digest(root: Path) -> str | None:

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from dsv4_quant.fingerprints.script import Script
 from dsv4_quant.fingerprints.sketch import ROW_BYTES, Digest
 from dsv4_quant.fingerprints.watcher import Routes, SubLayer
+from dsv4_quant.model.reading import Reading, side_by_side
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Everything but ``experts_hit`` is by prompt, in the order of ``prompts``."""
+    """Everything up to ``routes`` is by prompt, in the order of ``prompts``."""
 
     prompts: tuple[int, ...]
     """Their numbers in the script."""
@@ -29,6 +30,7 @@ class Part:
     routes: Routes
     experts_hit: tuple[tuple[int, ...], ...]
     """Per layer."""
+    reading: Reading
 
 
 def joined(script: Script, parts: Sequence[Part]) -> Part:
@@ -48,6 +50,7 @@ def joined(script: Script, parts: Sequence[Part]) -> Part:
             tuple(sorted(set().union(*hit)))
             for hit in zip(*(part.experts_hit for part in parts), strict=True)
         ),
+        reading=side_by_side([part.reading for part in parts]),
     )
 
 

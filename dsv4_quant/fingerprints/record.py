@@ -20,10 +20,9 @@ from dsv4_quant.fingerprints.document import TOP, Fingerprint, Measured, Spot, d
 from dsv4_quant.fingerprints.machine import Machine
 from dsv4_quant.fingerprints.part import Part, joined
 from dsv4_quant.fingerprints.script import Script
-from dsv4_quant.fingerprints.sketch import digest
 from dsv4_quant.fingerprints.tables import tables
 from dsv4_quant.fingerprints.watcher import Routes, Watcher
-from dsv4_quant.model import forward
+from dsv4_quant.model import Reading, forward
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 from dsv4_quant.team.shares import shares
@@ -43,6 +42,8 @@ class Recording:
     logits: tuple[Floats, ...]
     """Per prompt ``[spots, vocab_size]``."""
     routes: Routes
+    reading: Reading
+    """Of the forward pass."""
 
 
 def record(
@@ -87,7 +88,8 @@ def record(
         streams=found.streams,
     )
     spots = tuple(tuple(_spot(row) for row in rows) for rows in found.kept)
-    return Recording(Fingerprint(TOOL, script, spots, measured), found.kept, found.routes)
+    made = Fingerprint(TOOL, script, spots, measured)
+    return Recording(made, found.kept, found.routes, found.reading)
 
 
 def _run(
@@ -99,17 +101,17 @@ def _run(
     result = forward(
         ckpt, some.prompts,
         arithmetic=script.arithmetic, activations=script.activations, mtp=script.mtp,
-        observer=watcher, threads=threads,
+        observer=watcher, threads=threads, keep_logits=False,
     )  # fmt: skip
-    logits = [prompt.numpy() for prompt in result.logits]
     part = Part(
         prompts=tuple(prompts),
-        logits=tuple(digest(prompt) for prompt in logits),
-        mtp_logits=tuple(digest(prompt.numpy()) for prompt in result.mtp_logits or ()),
-        kept=tuple(p[list(places)] for p, places in zip(logits, some.spots, strict=True)),
+        logits=watcher.digests(mtp=False),
+        mtp_logits=watcher.digests(mtp=True),
+        kept=watcher.spots(),
         streams=tuple(watcher.streams_seen),
         routes=watcher.routes,
         experts_hit=tuple(tuple(experts) for experts in result.experts_hit),
+        reading=result.reading,
     )
     if not all(np.isfinite(one.norm) for one in (*part.logits, *part.mtp_logits)):
         raise NotANumberError("The logits hold NaN or infinity, the streams do not: see the head")

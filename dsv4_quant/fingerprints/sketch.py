@@ -47,22 +47,40 @@ class Digest:
     sketch: tuple[float, ...]
 
 
+class Digester:
+    """The digest of rows ``[t, n]`` that come some at a time, in their order."""
+
+    def __init__(self, columns: int) -> None:
+        self._words = -(-columns // WORD)
+        self._sums, self._squares = np.zeros(self._words * WORD), np.zeros(self._words * WORD)
+        self._stream = np.random.PCG64(SEED)
+        self._hash = blake3()
+
+    def add(self, rows: Floats) -> None:
+        """The next rows."""
+        rows = np.ascontiguousarray(rows, "<f4")
+        self._hash.update(rows.reshape(-1).view(np.uint8).data)
+        step = max(1, CHUNK // rows.shape[1])
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            signs = self._stream.random_raw(len(some) * self._words).reshape(-1, self._words)
+            _add(some, signs, self._sums, self._squares)
+
+    def digest(self) -> Digest:
+        """Of the rows so far. The norm is not finite if any value is not."""
+        buckets = self._sums.reshape(-1, BUCKETS)
+        return Digest(
+            hash=str(self._hash.hexdigest(length=16)),
+            norm=_short(math.sqrt(float(np.cumsum(self._squares)[-1]))),
+            sketch=tuple(map(_short, np.cumsum(buckets, axis=0)[-1].tolist())),
+        )
+
+
 def digest(rows: Floats) -> Digest:
     """The digest of ``[t, n]``. The norm is not finite if any value is not."""
-    rows = np.ascontiguousarray(rows, "<f4")
-    count, columns = rows.shape
-    words = -(-columns // WORD)
-    sums, squares = np.zeros(words * WORD), np.zeros(words * WORD)
-    stream = np.random.PCG64(SEED)
-    step = max(1, CHUNK // columns)
-    for start in range(0, count, step):
-        some = rows[start : start + step]
-        _add(some, stream.random_raw(len(some) * words).reshape(-1, words), sums, squares)
-    return Digest(
-        hash=str(blake3(rows.reshape(-1).view(np.uint8).data).hexdigest(length=16)),
-        norm=_short(math.sqrt(float(np.cumsum(squares)[-1]))),
-        sketch=tuple(map(_short, np.cumsum(sums.reshape(-1, BUCKETS), axis=0)[-1].tolist())),
-    )
+    digester = Digester(rows.shape[1])
+    digester.add(rows)
+    return digester.digest()
 
 
 @kernel

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dsv4_quant.errors import NotANumberError
 from dsv4_quant.fingerprints.script import Script
-from dsv4_quant.fingerprints.sketch import Digest, digest, row_hashes
+from dsv4_quant.fingerprints.sketch import Digest, Digester, digest, row_hashes
 from dsv4_quant.model.observer import Observer, Part
 from dsv4_quant.progress import NoProgress, Progress
 
@@ -37,7 +37,7 @@ class SubLayer:
 
 
 class Watcher(Observer):
-    """Collects SubLayers and routes; stops a pass that has gone to NaN."""
+    """Collects SubLayers, routes and digests of logits; stops a pass that has gone to NaN."""
 
     def __init__(self, script: Script, progress: Progress | None = None) -> None:
         self.streams_seen: list[SubLayer] = []
@@ -45,6 +45,8 @@ class Watcher(Observer):
         self._script, self._progress = script, progress or NoProgress()
         self._digests: list[Digest] = []
         self._rows = b""
+        self._logits: dict[tuple[bool, int], Digester] = {}
+        self._spots: dict[int, list[NDArray[np.float32]]] = {}
         self._done = 0
 
     def streams(self, layer: int, part: Part, prompt: int, h: Tensor) -> None:
@@ -65,6 +67,27 @@ class Watcher(Observer):
         """Keeps the experts of the script's rows."""
         rows = experts.numpy()[list(self._script.rows[prompt])]
         self.routes.setdefault(layer, []).append(rows)
+
+    def logits(self, prompt: int, first: int, rows: Tensor, *, mtp: bool) -> None:
+        """Keeps the script's spots; of all other positions only the digest."""
+        values = rows.numpy()
+        self._logits.setdefault((mtp, prompt), Digester(values.shape[1])).add(values)
+        if not mtp:
+            here = range(first, first + len(values))
+            spots = [spot - first for spot in self._script.spots[prompt] if spot in here]
+            self._spots.setdefault(prompt, []).append(values[spots])
+
+    def digests(self, *, mtp: bool) -> tuple[Digest, ...]:
+        """Per prompt, of all logits; none of an MTP block that was not run."""
+        return tuple(one.digest() for (of_mtp, _), one in self._logits.items() if of_mtp == mtp)
+
+    def spots(self) -> tuple[NDArray[np.float32], ...]:
+        """Per prompt the logits ``[spots, vocab_size]`` of the script's spots."""
+        return tuple(np.concatenate(rows) for rows in self._spots.values())
+
+    def read(self, count: int) -> None:
+        """Tells the progress."""
+        self._progress.read(count)
 
     def finished(self, done: int, total: int) -> None:
         """Tells the progress."""

@@ -112,6 +112,7 @@ def _lay_out(connection: Connection, folder: Path) -> None:
                 hint="Set TMPDIR to a folder that can hold the checkpoint's headers.",
             ) from None
 
+    folder.mkdir(exist_ok=True)
     _in_parallel(lay, connection.repository.files, connection.halt)
 
 

@@ -87,8 +87,12 @@ def forward(
         a = Arithmetic(arithmetic == "deployed", activations == "bfloat16", workers)
         batch = Batch([list(prompt) for prompt in prompts], decode)
         length = max(batch.lengths)
-        ropes = (Rope(config, compressed=there, length=length) for there in (False, True))
-        set_ = Setting(config, batch, a, *ropes, observer or Observer())
+        set_ = Setting(
+            config, batch, a,
+            Rope(config, compressed=False, length=length),
+            Rope(config, compressed=True, length=length),
+            observer or Observer(),
+        )  # fmt: skip
         run = _Pass(reader, set_, mtp)
         inputs, hit = run.blocks()
         kept = run.heads(inputs, keep=keep_logits)

@@ -34,9 +34,9 @@ GROUP_BYTES = 128 << 20
 
 def embed(tokens: Tensor, reader: Reader) -> Tensor:
     """Token ids ``[t]`` -> ``[t, d]``."""
-    ids, places = tokens.unique(return_inverse=True)
+    ids, places = np.unique(tokens.numpy(), return_inverse=True)
     rows = [reader.read(Rows(EMBED, i, i + 1)).decode() for i in ids.tolist()]
-    return torch.from_numpy(np.concatenate(rows))[places]
+    return torch.from_numpy(np.concatenate(rows)[places])
 
 
 def head_input(h: Tensor, weights: Weights, config: ModelConfig, a: Arithmetic) -> Tensor:

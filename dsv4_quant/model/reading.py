@@ -33,6 +33,28 @@ class Reading:
         """Bytes per second that the disk, or the page cache, gave while it was being read."""
         return self.bytes_read / self.busy if self.busy else 0.0
 
+    def to_json(self) -> dict[str, float]:
+        """As JSON's own types; seconds to the millisecond."""
+        return {
+            "bytes_read": self.bytes_read,
+            "bytes_needed": self.bytes_needed,
+            "seconds": round(self.seconds, 3),
+            "waiting_seconds": round(self.waited, 3),
+            "reading_seconds": round(self.busy, 3),
+            "bytes_per_reading_second": round(self.rate),
+        }
+
+
+def side_by_side(readings: Sequence[Reading]) -> Reading:
+    """Of processes that work at the same time: bytes add up, times are the longest."""
+    return Reading(
+        bytes_read=sum(one.bytes_read for one in readings),
+        bytes_needed=sum(one.bytes_needed for one in readings),
+        seconds=max(one.seconds for one in readings),
+        waited=max(one.waited for one in readings),
+        busy=max(one.busy for one in readings),
+    )
+
 
 class Meter:
     """Counts reads that run on several threads."""

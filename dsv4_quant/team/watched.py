@@ -49,6 +49,11 @@ class Watched:
             self._done += count
         self._progress.advance(count)
 
+    def read(self, count: int) -> None:
+        """Of this process alone."""
+        self._check()
+        self._progress.read(count)
+
     def show(self, others: Iterable[State]) -> None:
         """Adds what the others have told of the stage that this process is in."""
         same = [state for state in others if state[0] == self._text]

@@ -293,6 +293,35 @@ def test_no_metadata(value: Any) -> None:
     refused({"__metadata__": value, "a": entry()})
 
 
+SCALAR = {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        entry(4, 8, shape=[True]), entry(4, 8, shape=["1"]), entry(4, 8, shape=[[1]]),
+        entry(4, 8, shape=""), entry(4, 8, shape={}), entry(4, 8, shape=None),
+        entry(4, 8, data_offsets=[4]), entry(4, 8, data_offsets=[4, 8, 8]),
+        entry(4, 8, data_offsets=[4, "8"]), entry(4, 8, data_offsets={"4": 0, "8": 0}),
+        entry(4, 8, data_offsets="48"), entry(4, 8, data_offsets=[True, 8]),
+        entry(4, 8, dtype=["F32"]), entry(4, 8, extra=0), [4, 8], "shape",
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_kind_seen_before_lets_nothing_through(second: Any) -> None:
+    """What is equal is checked once: only what is really equal."""
+    refused({"a": entry(0, 4), "b": second}, data=8)
+    refused({"a": SCALAR, "b": second}, data=8)
+    refused({"a": entry(0, 4), "b": second, "is true or false": entry(8, 12)}, data=12)
+
+
+def test_equal_kinds_share_one_shape() -> None:
+    entries = parse({"true": entry(0, 8), "b": entry(8, 16)}, data=16).entries
+    assert entries["true"].shape == entries["b"].shape == (2,)
+    entries = parse({"a": entry(0, 8), "b": entry(8, 16)}, data=16).entries
+    assert entries["a"].shape is entries["b"].shape and entries["b"][2:] == (8, 16)
+
+
 @pytest.mark.parametrize(
     ("header", "data", "says"),
     [

@@ -41,6 +41,8 @@ def test_what_is_recorded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     said = json.loads(facts.read_text())
     assert said["coverage"]["experts_hit"] == [8] * 6
     assert said["bytes"] == out.stat().st_size and said["kind"] == "forward"
+    assert said["reading"]["bytes_read"] == said["reading"]["bytes_needed"] > 1_000_000
+    assert "s waiting for the disk" in told["reading"]
     assert "forward pass: 7 steps in" in result.stderr
 
 
@@ -66,7 +68,8 @@ def test_import_needs_no_checkpoint(tmp_path: Path) -> None:
     log.write_text(json.dumps(SERVED))
     result = run("--import", log, "--output", out, "--json", "-")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["kind"] == "served"
+    said = json.loads(result.stdout)
+    assert said["kind"] == "served" and said["reading"] is None
     made = read_fingerprint(out)
     assert made.measured is None and made.source == "a server"
     assert "only the lossy gate" in run("--import", log, "--output", out).stdout

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from dsv4_quant.checkpoint import Checkpoint
+from dsv4_quant.cli.logits import LogitsFile
 from dsv4_quant.cli.main import app
 from dsv4_quant.cli.progress import Lines
+from dsv4_quant.cli.tables import size
 from dsv4_quant.cli.tokens import MAX_TOKENS, read_tokens
 from dsv4_quant.errors import UnreadableError
 from dsv4_quant.model import forward
@@ -61,7 +63,25 @@ def test_the_file_holds_what_forward_returns(
         kind, i = name.split(".")
         assert rows.dtype == np.float32 and rows.shape == (len(PROMPTS[int(i)]), 512)
         assert rows.tobytes() == getattr(expected, kind)[int(i)].numpy().tobytes()
+    again = tmp_path / "again"
+    save_file(found, again)
+    assert again.read_bytes() == out.read_bytes(), "safetensors writes the same file"
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_what_is_written_in_pieces_is_the_same_file(
+    mtp: bool, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for prompts whose logits are larger than the head."""
+    words = ["--mtp"] if mtp else []
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    run(golden("tiny-fp4"), "--tokens", tokens, "--output", whole, *words)
+    monkeypatch.setattr("dsv4_quant.model.head.stored_bytes", lambda spec: 0)
+    monkeypatch.setattr("dsv4_quant.model.head.GROUP_BYTES", 4 * 512 * (1 + mtp) * 2)
+    result = run(golden("tiny-fp4"), "--tokens", tokens, "--output", pieces, *words)
+    assert result.exit_code == 0, result.output
+    assert pieces.read_bytes() == whole.read_bytes()
 
 
 def test_facts_and_progress(tokens: Path, tmp_path: Path) -> None:
@@ -70,6 +90,13 @@ def test_facts_and_progress(tokens: Path, tmp_path: Path) -> None:
     assert "7 tokens in 2 prompts" in result.stdout
     assert "forward pass: 6 steps in" in result.stderr
     said = json.loads(facts.read_text())
+    reading = said["reading"]
+    assert reading["bytes_read"] == reading["bytes_needed"] > 1_000_000
+    assert 0 <= reading["waiting_seconds"] <= reading["seconds"] <= said["seconds"]
+    amount = size(reading["bytes_read"])
+    assert f"read {amount} of {amount} needed in" in result.stdout.splitlines()[-1]
+    assert "s waiting for the disk, which gave" in result.stdout
+    assert f", {amount} read" in result.stderr
     assert (said["tokens"], said["vocab_size"], said["arithmetic"]) == ([6, 1], 512, "exact")
     assert len(said["experts_hit"]) == 5 and all(said["experts_hit"])
     quiet = run(golden("tiny-fp4"), "--tokens", tokens, "--output", out, "--quiet")
@@ -81,15 +108,21 @@ def test_layers_are_counted_and_the_time_left_is_told() -> None:
     lines = Lines(stream, lambda: now[0])
     lines.stage("forward pass", "steps")
     lines.total(45)
-    for _ in range(3):
+    for step in range(3):
         now[0] += 10
+        lines.read(step << 30)
         lines.advance(1)
+    lines.close()
+    lines.stage("the next one", "steps")
+    lines.advance(1)
     lines.close()
     assert stream.getvalue().splitlines()[1:] == [
         "forward pass: 1 of 45 steps (2 %), 7 min 20 s left",
-        "forward pass: 2 of 45 steps (4 %), 7 min 10 s left",
-        "forward pass: 3 of 45 steps (6 %), 7 min 0 s left",
-        "forward pass: 3 steps in 30 s",
+        "forward pass: 2 of 45 steps (4 %), 1.00 GiB read, 7 min 10 s left",
+        "forward pass: 3 of 45 steps (6 %), 2.00 GiB read, 7 min 0 s left",
+        "forward pass: 3 steps in 30 s, 2.00 GiB read",
+        "the next one ...",
+        "the next one: 1 steps in 0 s",
     ]
 
 
@@ -99,11 +132,11 @@ def test_a_file_that_was_there_is_replaced_only_by_a_whole_one(
     out = tmp_path / "L.safetensors"
     out.write_text("before")
 
-    def fail(tensors: object, path: Path) -> None:
-        Path(path).write_text("half")
+    def fail(file: LogitsFile, prompt: int, first: int, rows: object, *, mtp: bool) -> None:
+        assert out.with_name("L.safetensors.partial").exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dsv4_quant.cli.forward.save_file", fail)
+    monkeypatch.setattr(LogitsFile, "logits", fail)
     result = run(golden("tiny-fp4"), "--tokens", tokens, "--output", out)
     assert result.exit_code == 2 and "No space left" in result.stderr
     assert out.read_text() == "before"

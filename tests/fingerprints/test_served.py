@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,7 @@ def test_an_order_is_judged_where_a_token_is_clearly_ahead(recording: Recording)
 
 
 def test_where_nothing_can_be_judged_nothing_holds(recording: Recording) -> None:
-    flat = Recording(
-        recording.fingerprint,
-        tuple(np.zeros_like(rows) for rows in recording.logits),
-        recording.routes,
-    )
+    flat = replace(recording, logits=tuple(np.zeros_like(rows) for rows in recording.logits))
     found = compare(as_served(recording, order=True), flat)
     assert (found.kl, found.top1) == (None, None)
     assert "no spot" in broken(found, "lossy")[0]

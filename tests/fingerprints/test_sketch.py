@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dsv4_quant.fingerprints.sketch import (
     ROW_BYTES,
     SEED,
     Digest,
+    Digester,
     digest,
     distance,
     row_hashes,
@@ -53,6 +55,15 @@ def test_more_rows_than_are_worked_on_at_a_time() -> None:
     rows = np.random.default_rng(0).standard_normal((3 + CHUNK // 4096, 4096), np.float32)
     halves = [digest(rows[: len(rows) // 2]), digest(rows)]
     assert halves[0].norm < halves[1].norm == pytest.approx(np.linalg.norm(rows), rel=1e-6)
+
+
+@pytest.mark.parametrize("cuts", [(0, 9), (1, 2, 3, 9), (4, 4, 9)])
+def test_rows_may_come_in_pieces(cuts: tuple[int, ...]) -> None:
+    rows = np.random.default_rng(3).standard_normal((9, 70), np.float32)
+    digester = Digester(70)
+    for start, stop in pairwise((0, *cuts)):
+        digester.add(rows[start:stop])
+    assert digester.digest() == digest(rows)
 
 
 def test_numbers_have_eight_digits() -> None:

@@ -39,6 +39,8 @@ def test_a_converted_checkpoint_holds(file: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert report.checks[-1].tensors == report.checks[0].tensors, "the prompts use every weight"
     assert str(report.forward).startswith("gate bit") and report.digest is not None
+    assert report.reading is not None
+    assert report.checks[-1].bytes == report.reading.bytes_read == report.reading.bytes_needed
 
 
 def test_the_command(file: Path, tmp_path: Path) -> None:
@@ -48,6 +50,8 @@ def test_the_command(file: Path, tmp_path: Path) -> None:
     assert "forward: gate bit (recorded on the same class of machine)" in done.stdout
     said = json.loads(out.read_bytes())
     assert said["level"] == "forward" and said["forward"].startswith("gate bit")
+    assert said["reading"]["bytes_read"] == said["reading"]["bytes_needed"]
+    assert "s waiting for the disk, which" in " ".join(done.stdout.split())
 
 
 def test_a_changed_weight_ends_with_1(file: Path, tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_nothing_is_run_where_weights_are_missing(file: Path, tmp_path: Path) ->
     root = copy_of("tiny-fp4", tmp_path / "missing")
     (root / "model-00002-of-00003.safetensors").unlink()
     report = verify(root, "forward", fingerprint=file, workers=2)
-    assert report.forward == "the forward pass was not run"
+    assert report.forward == "the forward pass was not run" and report.reading is None
     assert any(one.check == "fingerprint" for one in report.findings)
     assert any(one.check in ("files", "index", "tensors") for one in report.findings)
 
