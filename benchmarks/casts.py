@@ -3,9 +3,10 @@
     python -m benchmarks.casts [--json FILE]        (or python benchmarks/casts.py)
 
 One expert matrix of V4-Flash. The casts go through it as a conversion does, in panels of rows into
-one buffer per thread, with the same checks for exactness; PyTorch takes the whole tensor at once
-and checks nothing. Each figure is the best of several passes over the tensor. ``compile`` is the
-first call with an empty cache; later processes load what it compiled.
+one buffer per thread, the exact ones with all checks for exactness, those that round with all the
+figures of what it cost; PyTorch takes the whole tensor at once, checks and counts nothing. Each
+figure is the best of several passes over the tensor. ``compile`` is the first call with an empty
+cache; later processes load what it compiled.
 """
 
 from __future__ import annotations
@@ -191,7 +192,104 @@ def cases() -> list[Case]:
         Case("BF16 -> FP4 1x32, exact", size // 2, 128, bf16_fp4, plain.bf16_to_fp4),
         Case("BF16 -> FP8 128x128, exact", size, 128, bf16_fp8, plain.bf16_to_fp8),
         Case("BF16, -0 to +0", 2 * size, 128, canonical, plain.canonical_bf16),
+        *lossy_cases(buffer),
     ]
+
+
+def lossy_cases(buffer: Callable[[tuple[int, int], type], np.ndarray[Any, Any]]) -> list[Case]:
+    """The casts that round, of normally distributed weights."""
+    from dsv4_quant.formats.rules import ScaleRule
+    from dsv4_quant.kernels.figures import Figures
+    from dsv4_quant.kernels.quantise_fp4_numba import quantise_fp4
+    from dsv4_quant.kernels.quantise_fp8_numba import quantise_fp8
+    from dsv4_quant.kernels.round_bf16_numba import round_bf16
+
+    weights = np.random.default_rng(1).standard_normal((ROWS, COLS), np.float32) / 50
+    bits = (weights.view(np.uint32) >> 16).astype(np.uint16)
+
+    def bf16_fp4(rule: ScaleRule, first: int, last: int) -> int:
+        scales = buffer((last - first, COLS // GROUP), np.uint8)
+        out, fault = buffer((last - first, COLS // 2), np.uint8), buffer((1, 3), np.int64)[0]
+        figures = Figures.empty(last - first)
+        return quantise_fp4(bits[first:last], rule, GROUP, scales, out, figures, fault)
+
+    def bf16_fp8(rule: ScaleRule, first: int, last: int) -> int:
+        scales = buffer((-(-(last - first) // BLOCK[0]), COLS // BLOCK[1]), np.uint8)
+        out, fault = buffer((last - first, COLS), np.uint8), buffer((1, 3), np.int64)[0]
+        figures = Figures.empty(len(scales))
+        return quantise_fp8(bits[first:last], rule, *BLOCK, scales, out, figures, fault)
+
+    def f32_bf16(first: int, last: int) -> int:
+        out, fault = buffer((last - first, COLS), np.uint16), buffer((1, 3), np.int64)[0]
+        return round_bf16(weights[first:last], out, Figures.empty(last - first), fault)
+
+    plain = PlainLossy(weights, bits)
+    size = ROWS * COLS
+    cases = []
+    for rule in ScaleRule:
+        fp4, fp8 = partial(bf16_fp4, rule), partial(bf16_fp8, rule)
+        tries = 1 if rule is ScaleRule.MAX else 2
+        cases += [
+            Case(f"BF16 -> FP4 1x32, {rule.value}", size // 2, 128, fp4, partial(plain.fp4, tries)),
+            Case(f"BF16 -> FP8 128x128, {rule.value}", size, 128, fp8, partial(plain.fp8, tries)),
+        ]
+    return [*cases, Case("F32 -> BF16", 2 * size, 128, f32_bf16, plain.bf16)]
+
+
+class PlainLossy:
+    """The casts that round as one writes them in PyTorch; one scale, or the better of two."""
+
+    def __init__(self, weights: Any, bits: Any) -> None:
+        import torch
+
+        from dsv4_quant.formats import e2m1
+
+        self.weights, self.bits = torch.from_numpy(weights), torch.from_numpy(bits)
+        self.table = torch.from_numpy(e2m1.VALUES)
+
+    def fp4(self, tries: int) -> Any:
+        import torch
+
+        groups = self.bits.view(torch.bfloat16).float().unflatten(-1, (-1, GROUP))
+        midpoints = (self.table[1:8] + self.table[:7]) / 2
+
+        def code(scale: Any) -> tuple[Any, Any]:
+            codes = torch.bucketize((groups / scale).abs(), midpoints) + 8 * (groups < 0)
+            return codes, (self.table[codes] * scale - groups).square().sum(-1, keepdim=True)
+
+        codes, scale = self._best(groups, code, 6, -1, tries)
+        codes = codes.flatten(1).to(torch.uint8)
+        return codes[:, 0::2] | (codes[:, 1::2] << 4), scale.to(torch.float8_e8m0fnu)
+
+    def fp8(self, tries: int) -> Any:
+        import torch
+
+        tiles = self.bits.view(torch.bfloat16).float()
+        tiles = tiles.view(-1, BLOCK[0], COLS // BLOCK[1], BLOCK[1])
+
+        def code(scale: Any) -> tuple[Any, Any]:
+            codes = (tiles / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return codes, (codes.float() * scale - tiles).square().sum((1, 3), keepdim=True)
+
+        codes, scale = self._best(tiles, code, 448, (1, 3), tries)
+        return codes.view(ROWS, COLS), scale.to(torch.float8_e8m0fnu)
+
+    def bf16(self) -> Any:
+        return self.weights.bfloat16()
+
+    @staticmethod
+    def _best(blocks: Any, code: Any, top: float, dims: Any, tries: int) -> tuple[Any, Any]:
+        import torch
+
+        amax = blocks.abs().amax(dims, keepdim=True).clamp_min(1e-30)
+        scale = torch.exp2(torch.ceil(torch.log2(amax / top)))
+        codes, error = code(scale)
+        if tries == 1:
+            return codes, scale
+        other, other_error = code(scale / 2)
+        better = other_error < error
+        kept = torch.where(better, other.view(codes.dtype).float(), codes.float()).to(codes.dtype)
+        return kept, torch.where(better, scale / 2, scale)
 
 
 class PlainTorch:

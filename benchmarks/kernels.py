@@ -1,22 +1,29 @@
-"""How much of the device's copy bandwidth each Triton kernel reaches.
+"""How much of the device's copy bandwidth each Triton kernel reaches, and what whole conversions
+gain from the device.
 
-    python -m benchmarks.kernels [--tokens 8192]
+    python -m benchmarks.kernels [--tokens 8192] [--size 4] [--folder FOLDER]
 
 Shapes are V4-Flash's; a stack of experts is cast in one launch. Bytes are those that must move:
 every operand read once, every result written once (a lossy cast's figures are results too), and for
 sparse_attn the listed keys. The yardstick is a plain device copy of 1 GiB, counted
-the same way (read and written). Needs a GPU; without one it says so and ends well.
+the same way (read and written). A conversion's yardstick is the disk: cp and sync of its output,
+right after it. Needs a GPU; without one it says so and ends well.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.conversion import checkpoint
+from benchmarks.timing import copy, dsv4, forget, remove, size_of
 from dsv4_quant.config import FP8_BLOCK
 from dsv4_quant.formats.blocks import FP4, Format, fp8
 from dsv4_quant.formats.rules import ScaleRule
@@ -27,22 +34,65 @@ HIDDEN, HEADS, HEAD_DIM, INDEX_HEADS, INDEX_DIM = 4096, 64, 512, 64, 128
 EXPERT, LISTED, STREAMS, DECODED = 2048, 640, 4, 16
 EXPERTS = 32
 
+CONVERSIONS = {
+    "FP4 to FP8": ("fp4", ["--experts", "fp8"]),
+    "FP4 to BF16": ("fp4", ["--experts", "bf16"]),
+    "BF16 to FP8, lossy": ("bf16", ["--experts", "fp8", "--lossy"]),
+    "BF16 to FP4, lossy": ("bf16", ["--experts", "fp4", "--lossy"]),
+}
+"""What the experts are before, and the options; one file per GPU for 8 GPUs."""
+
 
 def main() -> None:
     """Measure and print one line per kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("--tokens", type=int, default=8192, help="rows of activations")
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--size", type=float, default=4, help="GB of the FP4 checkpoint")
+    parser.add_argument("--rounds", type=int, default=3, help="of every conversion")
+    parser.add_argument("--folder", type=Path, help="where to convert; needs 15 times the size")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("the kernels' benchmark needs a GPU and finds none: nothing was measured")
         return
     yardstick = _copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy {yardstick / 1e9:.0f} GB/s")
     print(f"{'kernel':40} {'ms':>9} {'GB/s':>8} {'of copy':>8}")
-    for name, call, moved in (*_weight_casts(), *_cases(tokens)):
+    for name, call, moved in (*_weight_casts(), *_cases(options.tokens)):
         seconds = _seconds(call)
         rate = moved / seconds
         print(f"{name:40} {seconds * 1e3:9.3f} {rate / 1e9:8.0f} {rate / yardstick:8.0%}")
+    print(f"{'conversion, cold source':40} {'s':>9} {'GB/s out':>8} {'of cp':>8} {'s of CPU':>9}")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for row in _conversions(Path(folder), options.size, options.rounds):
+            print(row, flush=True)
+
+
+def _conversions(
+    folder: Path, gigabytes: float, rounds: int, devices: tuple[str, ...] = ("cpu", "cuda")
+) -> Iterator[str]:
+    """A line for each conversion on each device: medians; the first round of a device compiles."""
+    fp4, bf16 = checkpoint(folder, gigabytes), folder / "bf16"
+    dsv4("convert", str(fp4), str(bf16), "--layout", "hf", "--experts", "bf16", "--quiet")
+    for name, (held, options) in CONVERSIONS.items():
+        source = {"fp4": fp4, "bf16": bf16}[held]
+        for device in devices:
+            chosen = [*options, "--device", device]
+            runs = [_conversion(source, folder, chosen) for _ in range(rounds)]
+            seconds, rate, share, cpu = map(statistics.median, zip(*runs, strict=True))
+            title = f"{name}, {device}"
+            yield f"{title:40} {seconds:9.2f} {rate / 1e9:8.2f} {share:8.0%} {cpu:9.1f}"
+
+
+def _conversion(source: Path, folder: Path, options: list[str]) -> tuple[float, ...]:
+    """Seconds, bytes of output per second, that rate as a share of cp's, CPU seconds."""
+    out, copied = folder / "out", folder / "copied"
+    remove(out)
+    forget(source)
+    ours = dsv4("convert", str(source), str(out), "--gpus", "8", *options, "--quiet")
+    forget(out)
+    theirs = copy(out, copied)
+    remove(copied)
+    return ours.wall, size_of(out) / ours.wall, theirs.wall / ours.wall, ours.cpu
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -91,7 +91,7 @@ def _panel(panel: Panel, colours: dict[str, str]) -> list[str]:
 
 
 def ticks(largest: float) -> list[float]:
-    """From 0 in steps of 1, 2 or 5 times a power of ten, four to eight of them, over ``largest``."""
+    """From 0 to ``largest`` or beyond, in a few steps of 1, 2 or 5 times a power of ten."""
     if largest <= 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(largest / 4))

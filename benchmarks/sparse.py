@@ -2,12 +2,15 @@
 
 What reads headers only (inspect, the structure level of verify, planning) cannot tell it from the
 published one. Read as data, it is all zeros.
+
+    python -m benchmarks.sparse FOLDER CONFIG.json
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from dsv4_quant.catalogue import (
@@ -44,3 +47,7 @@ def sparse(folder: Path, config: Path) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2))
     return total
+
+
+if __name__ == "__main__":
+    sparse(Path(sys.argv[1]), Path(sys.argv[2]))

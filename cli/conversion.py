@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
+from dsv4_quant.cli import calibration
 from dsv4_quant.cli import report as report_page
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
@@ -22,6 +23,7 @@ from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import ConvertReport, convert
 from dsv4_quant.conversion.summary import PlanSummary, plan_conversion
 from dsv4_quant.conversion.target import check_empty
+from dsv4_quant.errors import UsageError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -93,24 +95,33 @@ def run(
     page: str | None = None,
     fingerprint: Path | None = None,
     device: Device = "cpu",
+    calibrate: Path | None = None,
 ) -> None:
     """Plans or converts, and tells the result."""
     report_page.check(request, page, fingerprint)
+    calibration.check(request, calibrate, move=move, alone=here().size == 1)
     if out.is_dir() and not overwrite and not (out / MANIFEST).exists():
         check_empty(out)  # before the hub is asked
     with shown(quiet=quiet) as progress, opened_source(src, progress) as source:
-        if dry_run:
+        if calibrate is not None and source.arrivals is not None:
+            raise UsageError(
+                "--calibrate needs all of SRC twice, and an id arrives once",
+                hint="Download it first, and give its folder.",
+            )
+        if dry_run or calibrate is not None:  # before a pass that may take hours
             plan = plan_conversion(
                 source.folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
                 arrivals=source.arrivals, device=device,
             )  # fmt: skip
-        else:
-            report = convert(
-                source.folder, out, request,
-                workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-                arrivals=source.arrivals, progress=progress, team=here(), device=device,
-            )  # fmt: skip
+        if not dry_run:
+            with calibration.factors(source.folder, calibrate, out, progress) as factors:
+                report = convert(
+                    source.folder, out, request,
+                    workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
+                    arrivals=source.arrivals, progress=progress, team=here(), device=device,
+                    factors=factors,
+                )  # fmt: skip
         if page is not None and not dry_run and here().is_first:
             report_page.write_page(report, src, page, fingerprint, progress)
     if dry_run:

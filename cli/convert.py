@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.cli import conversion
+from dsv4_quant.cli.calibration import Calibrate
 from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Move, Out, Overwrite, Src
-from dsv4_quant.cli.report import Page, Recorded
 from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
+from dsv4_quant.cli.report import Page, Recorded
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.errors import UsageError
 from dsv4_quant.formats.rules import ScaleRule
@@ -82,6 +83,7 @@ def command(
             " max: the smallest that reaches the largest value, as the published quantiser.",
         ),
     ] = Rule.least_squares,
+    calibrate: Calibrate = None,
     report: Page = None,
     fingerprint: Recorded = None,
     dry_run: DryRun = False,
@@ -119,6 +121,7 @@ def command(
         src, out, make_request(gpus, layout, experts, dense, lossy=lossy, rule=scale_rule),
         dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
         json=json, quiet=quiet, page=report, fingerprint=fingerprint, device=device.value,
+        calibrate=calibrate,
     )  # fmt: skip
 
 

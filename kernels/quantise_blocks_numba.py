@@ -349,7 +349,7 @@ def _largest_scales(chunk: Chunk, shift: np.uint32, p: int, grid: Grid, scales: 
         most = _larger(most, amax)
         s = ((I64(amax) + grid.carry) >> _MANTISSA_BITS) - grid.above
         scales[j] = max(s, 0) if amax else grid.zero_scale
-    return most < _EXPONENT
+    return bool(most < _EXPONENT)
 
 
 @inline
@@ -408,7 +408,7 @@ def _larger(a: np.uint32, b: np.uint32) -> np.uint32:
 
 
 @inline
-def _as_float(bits: int) -> np.float32:
+def _as_float(bits: np.unsignedinteger[Any]) -> np.float32:
     return U32(bits).view(np.float32)
 
 

@@ -13,8 +13,6 @@ from dsv4_quant.formats import e8m0
 from dsv4_quant.formats.cost import Cost
 from dsv4_quant.kernels.figures import EXACT, FLUSHED, SATURATED, Figures, cost, in_order
 
-Part = NDArray[Any]
-
 
 class Quantised(NamedTuple):
     """A weight in blocks, and what that cost in each block. h x w blocks per matrix.
@@ -56,19 +54,12 @@ def statistics(result: Quantised, values: int) -> list[Cost]:
     parts = [part.cpu().numpy().reshape(matrices, h, w) for part in result[1:]]
     if (parts[0] == e8m0.NAN).any():
         raise ValueError("a block with an infinity or a NaN was refused: it has no cost")
-    return [cost([_figures(*(part[i] for part in parts), values)]) for i in range(matrices)]
+    return [cost([_figures([part[i] for part in parts], values)]) for i in range(matrices)]
 
 
-def _figures(
-    scales: Part,
-    value_squares: Part,
-    error_squares: Part,
-    largest_errors: Part,
-    saturated: Part,
-    flushed: Part,
-    values: int,
-) -> Figures:
-    """One matrix as a single panel; all but the last ``[h, w]``."""
+def _figures(parts: list[NDArray[Any]], values: int) -> Figures:
+    """One matrix as a single panel; parts ``[h, w]`` are those of a Quantised but the codes."""
+    scales, value_squares, error_squares, largest_errors, saturated, flushed = parts
     figures = Figures.empty(len(scales))
     figures.begin(len(scales), values, scales.size)
     figures.value_squares[:] = in_order(value_squares)

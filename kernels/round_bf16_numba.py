@@ -123,7 +123,7 @@ def _rounded(magnitude: np.uint32) -> np.uint32:
 
 
 @inline
-def _as_float(bits: int) -> np.float32:
+def _as_float(bits: np.unsignedinteger[Any]) -> np.float32:
     return U32(bits).view(np.float32)
 
 
@@ -137,7 +137,7 @@ def _sum_squares(x: Floats, squares: Doubles) -> np.float64:
         n //= 2
         for i in range(n):
             squares[i] += squares[i + n]
-    return squares[0]
+    return F64(squares[0])
 
 
 @part

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant.catalogue import TensorSpec
+from dsv4_quant.checkpoint.panels import usable_cores
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.formats import bf16
 from dsv4_quant.kernels.second_order_factor_numba import Factor, factor
@@ -104,6 +105,12 @@ class Calibration:
     def identity(self) -> str:
         """A hash of the prompts and the method: with the weights, all that codes depend on."""
         return hashlib.sha256(json.dumps([METHOD, self._prompts]).encode()).hexdigest()
+
+    @property
+    def memory(self) -> int:
+        """The most bytes that its factors take, those kept and those being made."""
+        widest = max(spec.matrix[1] for spec in self._specs.values() if spec.expert is not None)
+        return (KEPT + 2 * usable_cores()) * 8 * MOST_INPUTS * min(widest, 2 * MOST_INPUTS)
 
     def describe(self) -> dict[str, Any]:
         """For a manifest: what was run, and how many experts it reached."""

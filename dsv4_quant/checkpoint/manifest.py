@@ -134,10 +134,8 @@ class Manifest:
 
 
 def _record(record: TensorRecord) -> dict[str, Any]:
-    found = asdict(record)
-    if record.source is None:
-        del found["source"]
-    return found
+    held = {"format": record.format, "digest": record.digest}
+    return held if record.source is None else held | {"source": record.source}
 
 
 def _lines(table: Mapping[str, Any]) -> str:

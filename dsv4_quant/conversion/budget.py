@@ -59,7 +59,10 @@ def budget(
     per_value = VALUE_BYTES + DEVICE_VALUE_BYTES * is_gpu
     weights = (step for step in plan.steps if not step.out.is_scale)
     fixed = BASE_BYTES + WEIGHT_BYTES * len(plan.catalogue.specs)
-    fixed += DEVICE_BYTES if is_gpu else 0 if sharing is None else TEAM_BYTES
+    if is_gpu:
+        fixed += DEVICE_BYTES  # PyTorch is in it
+    elif sharing is not None:
+        fixed += TEAM_BYTES
     narrowest = max(LEAST_VALUES, max(map(_least_values, weights)))
     least = fixed + narrowest * per_value
     if max_memory < least:

@@ -7,16 +7,18 @@ a file, and are written before.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_quant.conversion.operations import Panel
+from dsv4_quant.conversion.casts import Casts
+from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.requantise import Rounded
 from dsv4_quant.formats import e2m1, e4m3, e8m0
 from dsv4_quant.formats.blocks import Tensor
+from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.figures import EXACT, FLUSHED, SATURATED, Figures
 
 if TYPE_CHECKING:
@@ -29,14 +31,44 @@ class Factors(Protocol):
     """What calibration gives a conversion."""
 
     @property
-    def identity(self) -> str:
-        """A hash of what was run: another one is another conversion."""
+    def memory(self) -> int:
+        """Bytes that it may hold while a conversion runs."""
+        ...
 
     def factor(self, name: str) -> Factor | None:
         """For the rows of that weight; None where they are to be rounded plainly."""
+        ...
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest: plain data, the same for the same prompts and weights."""
+        """For the manifest: plain data, the same for the same prompts and weights, another for
+        others; ``identity`` is a hash of what was run."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """One thread's casts: those of another, but for the codes of rounded experts."""
+
+    plain: Casts
+    factors: Factors
+
+    def weight(self, operation: str, panel: Panel, proof: Proof) -> NDArray[Any]:
+        """See Casts."""
+        return self.plain.weight(operation, panel, proof)
+
+    def scale(self, operation: str, panel: Panel) -> NDArray[Any]:
+        """See Casts."""
+        return self.plain.scale(operation, panel)
+
+    def requantise(self, panel: Panel, rule: ScaleRule) -> Rounded:
+        """See Casts."""
+        rounded = self.plain.requantise(panel, rule)
+        factor = self.factors.factor(panel.name)
+        return rounded if factor is None else calibrated(panel, rounded, factor)
+
+    def rounded_scales(self, panel: Panel, rule: ScaleRule) -> NDArray[Any]:
+        """See Casts."""
+        return self.plain.rounded_scales(panel, rule)
 
 
 def calibrated(panel: Panel, plain: Rounded, factor: Factor) -> Rounded:

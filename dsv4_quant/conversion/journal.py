@@ -135,11 +135,21 @@ class Workspace:
     @property
     def parts(self) -> int:
         """Into how many parts an earlier run divided its plan; 0 if it left no journal."""
-        return max((count for _, count in _journals(self.folder)), default=0)
+        counts = [count for _, count in _journals(self.folder)]
+        return 1 if 1 in counts else max(counts, default=0)
 
     def notes(self, number: int = 0, count: int = 1) -> Notes:
         """The journal of one of so many parts."""
         return Notes(self.folder / (f"{_JOURNAL}-{number}-of-{count}" if count > 1 else _JOURNAL))
+
+    def divide(self, journals: Sequence[Journal]) -> None:
+        """Puts journals of parts in the place of the one of all; durable when this returns."""
+        for number, journal in enumerate(journals):
+            notes = self.notes(number, len(journals))
+            notes.start(journal)
+            notes.close()
+        (self.folder / _JOURNAL).unlink()
+        sync_folder(self.folder)
 
     @property
     def journal(self) -> Journal | None:

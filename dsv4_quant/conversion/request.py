@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dsv4_quant.catalogue import Layout
 from dsv4_quant.errors import UsageError
@@ -25,6 +26,8 @@ class Request:
     """Round what the new format cannot hold, instead of refusing it."""
     rule: ScaleRule = ScaleRule.LEAST_SQUARES
     """How rounded blocks get their scales."""
+    calibration: Mapping[str, Any] | None = None
+    """What the Factors that experts are rounded with say of themselves; set by ``convert``."""
 
     def __post_init__(self) -> None:
         if self.layout == "hf" and self.gpus != 1:

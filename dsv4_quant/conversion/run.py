@@ -11,6 +11,7 @@ import errno
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ from dsv4_quant.conversion.journal import Resume, Workspace, freed_headers
 from dsv4_quant.conversion.meeting import meet
 from dsv4_quant.conversion.moving import Mover, check_movable, last_uses, rehearse
 from dsv4_quant.conversion.notes import Journal, Notes
-from dsv4_quant.conversion.parts import part_of
+from dsv4_quant.conversion.parts import journal_of, part_of
 from dsv4_quant.conversion.plan import Plan, make_plan
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.source import Stamps, held_until_the_end, still_holds, take_stamps
@@ -66,6 +67,7 @@ from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 
 if TYPE_CHECKING:
+    from dsv4_quant.conversion.calibrated import Factors
     from dsv4_quant.hub.arrivals import Arrivals
 
 
@@ -97,6 +99,7 @@ def convert(
     progress: Progress | None = None,
     team: Team | None = None,
     device: Device = "cpu",
+    factors: Factors | None = None,
 ) -> ConvertReport:
     """Converts a checkpoint folder. Continues by itself what an earlier run left unfinished.
 
@@ -110,12 +113,16 @@ def convert(
     of them. All get the report.
 
     ``device`` casts; it changes no byte. Where values are only copied, it has nothing to do.
+    ``factors`` choose the codes of experts that are rounded (``calibrated``).
 
     Raises a Dsv4Error subclass; the output is then either absent or visibly unfinished.
     """
     began = time.monotonic()
     team, target = team or Team(), Path(out)
     casts = casts_on(device, team.rank)
+    if factors is not None:
+        request = replace(request, calibration=factors.describe())
+        casts = partial(_calibrated, casts, factors)
     progress = team.watched(progress)
     freed = freed_headers(target) if team.is_first else None
     if team.size > 1 and (move or freed is not None or arrivals is not None):
@@ -127,7 +134,11 @@ def convert(
         team.agree(lambda: same_plan(plan), "checkpoint, or other options")
         sharing = team.sharing if team.size > 1 else None
         limits = budget(
-            plan, workers=workers, max_memory=max_memory, sharing=sharing, device=device
+            plan,
+            workers=workers,
+            max_memory=max_memory - (factors.memory if factors is not None else 0),
+            sharing=sharing,
+            device=device,
         )
         stated = stated_digests(source)
         check_separate(source.root, target)
@@ -151,6 +162,12 @@ def convert(
     seconds = time.monotonic() - began
     before, after = plan.source.specs, plan.catalogue.specs
     return ConvertReport(target, manifest, plan.bytes, done, seconds, before, after)
+
+
+def _calibrated(plain: Callable[[], Casts], factors: Factors) -> Casts:
+    from dsv4_quant.conversion.calibrated import Calibrated  # kernels that only rounding needs
+
+    return Calibrated(plain(), factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +221,7 @@ class _Run:
         count = team.lead(lambda: self._prepare(overwrite=overwrite))
         parts = self._continued(count) if count else None
         if parts is None:
-            parts = self._parts(min(team.size, len(self.plan.files)))
+            parts = self._parts(self._most_parts)
         try:
             done = sum(team.gather(lambda: sum(part.bytes_done for part in parts)))
             outcomes = team.gather(lambda: self._stream(parts))
@@ -240,6 +257,8 @@ class _Run:
         and the workspace is empty."""
         work, before = self.work, self.work.journal
         if before is not None and before.plan == plan_key(self.plan):
+            if work.parts == 1 and (count := self._most_parts) > 1:
+                work.divide([journal_of(before, self.plan, n, count) for n in range(count)])
             return work.parts
         if before is not None and not overwrite:
             raise UsageError(
@@ -256,6 +275,11 @@ class _Run:
             self._require_empty()
         work.clear()
         return 0
+
+    @property
+    def _most_parts(self) -> int:
+        """That these processes can work on at once: a file has one writer."""
+        return min(self.team.size, len(self.plan.files))
 
     def _parts(self, count: int) -> list[_Part]:
         """The parts that this process works on, of so many."""
@@ -481,4 +505,4 @@ def _requantised(plan: Plan, results: Mapping[str, Result]) -> Requantised | Non
         return None
     costs = {name: result.cost for name, result in results.items() if result.cost is not None}
     layers = by_layer(plan.catalogue.specs.values(), costs)
-    return Requantised(plan.request.rule.value, costs, layers)
+    return Requantised(plan.request.rule.value, costs, layers, plan.request.calibration)

@@ -73,7 +73,7 @@ def plan_conversion(
 
     Raises what ``convert`` would raise before it reads a value, but for a full disk.
     """
-    casts_on(device)
+    casts_on(device)  # or refuses
     with Checkpoint.open(src, freed=freed_headers(Path(out)), arrivals=arrivals) as source:
         plan = make_plan(source, request)
         limits = budget(plan, workers=workers, max_memory=max_memory, device=device)

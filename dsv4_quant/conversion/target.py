@@ -135,6 +135,7 @@ def plan_key(plan: Plan) -> dict[str, Any]:
             "wo_a": str(formats.wo_a),
         },
         "rule": plan.request.rule.value if plan.is_lossy else None,
+        "calibration": plan.request.calibration if plan.is_lossy else None,
     }
 
 
@@ -152,6 +153,7 @@ def _key_of(manifest: Manifest) -> dict[str, Any]:
         "gpus": manifest.gpus,
         "formats": dict(manifest.formats),
         "rule": None if manifest.requantised is None else manifest.requantised.rule,
+        "calibration": manifest.requantised and manifest.requantised.calibration,
     }
 
 

@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from dsv4_quant.errors import WriteError
 from dsv4_quant.hub.arrivals import Arrivals
 from dsv4_quant.hub.connection import Connection
-from dsv4_quant.hub.download import resolve
 from dsv4_quant.hub.ids import explain, parse_id
 from dsv4_quant.hub.repository import (
     RemoteFile,
@@ -35,6 +34,9 @@ FIRST_BYTES = 256 << 10
 MAX_HEADER_BYTES = 100_000_000
 """safetensors' own limit; of a file that claims more, the reader will say what is wrong."""
 
+UNHEARD = 3
+"""How often nobody answers until the hub cannot be reached, and the cache must do."""
+
 REQUESTS = 8
 """In flight at once: each waits for two round trips and little else."""
 
@@ -44,17 +46,18 @@ def fetched(
     src: str | Path, progress: Progress, cache: Path | None, endpoint: str | None, pause: float
 ) -> Iterator[Source]:
     """``opened`` of an id."""
-    repository = _ask(*parse_id(src), endpoint, pause)
-    held = None if repository is None else _in_cache(repository, cache)
-    if repository is None or held is not None:
-        yield Source(held or resolve(src, progress=progress, cache=cache))
-        return
-    with TemporaryDirectory(prefix="dsv4-quant-") as place:
-        folder = Path(place, f"{repository.name.replace('/', '--')}@{repository.commit[:12]}")
-        progress.stage(f"reading the headers of {repository.name}")
-        connection = Connection(repository, pause=pause)
-        _lay_out(connection, folder)
-        yield Source(folder, Arrivals(connection, folder))
+    name, revision = parse_id(src)
+    progress.stage(f"reading the headers of {name}")
+    repository = _ask(name, revision, endpoint, pause)
+    held = _in_cache(name, revision, cache, repository)
+    if held is not None:
+        yield Source(held)
+    elif repository is not None:  # without a hub the cache holds it, or that was an error
+        with TemporaryDirectory(prefix="dsv4-quant-") as place:
+            folder = Path(place, f"{name.replace('/', '--')}@{repository.commit[:12]}")
+            connection = Connection(repository, pause=pause)
+            _lay_out(connection, folder)
+            yield Source(folder, Arrivals(connection, folder))
 
 
 def _ask(name: str, revision: str | None, endpoint: str | None, pause: float) -> Repository | None:
@@ -62,13 +65,17 @@ def _ask(name: str, revision: str | None, endpoint: str | None, pause: float) ->
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's own
 
+    unheard = 0
+
     def ask() -> Repository | None:
+        nonlocal unheard
         try:
             return ask_repository(name, revision, endpoint)
         except (HTTPError, OSError) as error:
-            if getattr(error, "response", None) is None:
-                return None
-            raise
+            unheard += getattr(error, "response", None) is None
+            if unheard < UNHEARD:
+                raise
+            return None
         except ValueError as error:
             explain(name, revision, error)
 
@@ -77,20 +84,29 @@ def _ask(name: str, revision: str | None, endpoint: str | None, pause: float) ->
     return Connection(Repository(name, revision, "", (), endpoint), pause=pause).patiently(ask)
 
 
-def _in_cache(repository: Repository, cache: Path | None) -> Path | None:
-    """The cache's folder of this commit, if it holds every file in its full length."""
+def _in_cache(
+    name: str, revision: str | None, cache: Path | None, known: Repository | None
+) -> Path | None:
+    """huggingface-hub's folder of a commit that is known, if it holds every file in full length.
+
+    Of a commit that is not known, for want of a hub, the folder as it is. Raises UnreadableError
+    where there is none.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    wanted = revision if known is None else known.commit
     try:
         folder = Path(
-            snapshot_download(
-                repository.name, revision=repository.commit, cache_dir=cache, local_files_only=True
-            )
+            snapshot_download(name, revision=wanted, cache_dir=cache, local_files_only=True)
         )
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        if known is None:
+            explain(name, revision, error)
         return None
-    for file in repository.files:
+    except ValueError as error:
+        explain(name, revision, error)
+    for file in () if known is None else known.files:
         path = folder / file.name
         if not path.is_file() or path.stat().st_size != file.size:
             return None

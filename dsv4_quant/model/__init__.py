@@ -21,6 +21,11 @@ machinery    batch       several prompts, prefill and decode
              reading     bytes read against bytes needed, and who waited for whom
              observer    watching a pass
 
+It runs on the CPU. What a GPU would need: kernels for the products of ``linear`` that take weights
+in their stored form and keep the order of every sum in ``dot`` (float32 with fused multiply-adds,
+no tensor cores), and a ``Reader`` that hands over pinned memory. All else is PyTorch, elementwise,
+but its ``exp`` and ``rsqrt`` round otherwise there: for fingerprints another class of machine.
+
 Equal weights give bit-equal logits in ``exact``, whatever the format, layout, GPU count, number of
 threads, number of prompts at once, or whether positions are prefilled or decoded.
 """

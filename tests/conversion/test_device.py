@@ -389,6 +389,13 @@ class TestFailures:
         assert told.exit_code == 2 and wanted in told.stderr
         assert not (tmp_path / "out").exists()
 
+    def test_processes_share_out_the_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        monkeypatch.setattr(device_casts_torch, "check_usable", lambda device: device)
+        found = [str(device_casts_torch.find_gpu(rank)) for rank in range(6)]
+        assert found == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
+
     def test_no_torch(self) -> None:
         script = """
 import sys

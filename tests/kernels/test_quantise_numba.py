@@ -82,7 +82,9 @@ class Cast:
         return cost(self.figures)
 
 
-def defined(values: Values, kind: str, rule: ScaleRule, block: Block) -> tuple[Values, Values, Cost]:
+def defined(
+    values: Values, kind: str, rule: ScaleRule, block: Block
+) -> tuple[Values, Values, Cost]:
     """Codes, scales and cost as the definition has them."""
     x = torch.from_numpy(bf16.decode(values) if values.dtype == np.uint16 else values)
     if kind == "fp4":

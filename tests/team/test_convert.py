@@ -139,8 +139,12 @@ class TestAKilledProcess:
         argv = ("convert", source, out, "--gpus", "4", *FP8)
         common: dict[str, Any] = {"folder": tmp_path, "cut": CUT}
         assert processes.run(1, *argv, faults=kill(0, 4), **common).codes == [-9]
-        again = processes.run(3, *argv, **common)
-        assert again.codes == [0] * 3 and "of it by an earlier run" in again.out[0]
+        ended = processes.run(3, *argv, faults=kill(2, 1), **common)
+        assert ended.codes == [2, 2, -9]
+        journals = {path.name for path in (out / FOLDER).glob("journal*")}
+        assert journals == {f"journal-{part}-of-3" for part in range(3)}
+        again = processes.run(2, *argv, **common)
+        assert again.codes == [0] * 2 and "of it by an earlier run" in again.out[0]
         assert tree(out) == alone
 
     def test_other_work_is_not_continued(

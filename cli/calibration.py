@@ -1,0 +1,72 @@
+"""``--calibrate``: what experts see, found out before a conversion that rounds them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsv4_quant.cli.tokens import read_tokens
+from dsv4_quant.conversion.request import Request
+from dsv4_quant.errors import UsageError, WriteError
+from dsv4_quant.progress import Progress
+
+if TYPE_CHECKING:
+    from dsv4_quant.calibration import Calibration
+
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate",
+        metavar="T.json",
+        exists=True,
+        dir_okay=False,
+        help="With --lossy: run these prompts (a list of token-id lists) through SRC first, and"
+        " round the experts so that their outputs, not their weights, change least. Takes a forward"
+        " pass, room beside OUT, and for V4-Flash hours.",
+    ),
+]
+
+
+def check(request: Request, tokens: Path | None, *, move: bool, alone: bool) -> None:
+    """Raises UsageError for options that do not go together."""
+    if tokens is None:
+        return
+    if not request.lossy:
+        raise UsageError("--calibrate chooses how to round, and without --lossy nothing is rounded")
+    if request.experts not in ("fp4", "fp8"):
+        raise UsageError("--calibrate rounds experts: say --experts fp4 or --experts fp8")
+    if move:
+        raise UsageError("--calibrate and --move: a run that is continued could not look again")
+    if not alone:
+        raise UsageError("--calibrate works in one process")
+
+
+@contextmanager
+def factors(
+    source: Path, tokens: Path | None, out: Path, progress: Progress
+) -> Iterator[Calibration | None]:
+    """The calibration, while its files are there: beside OUT, and removed at the end."""
+    if tokens is None:
+        yield None
+        return
+    from dsv4_quant.calibration import collect
+    from dsv4_quant.checkpoint import Checkpoint
+
+    prompts = read_tokens(tokens)
+    folder = out.parent / f".{out.name}.calibration"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise WriteError(f"No room for calibrating: {error.strerror}", file=folder) from None
+    try:
+        with Checkpoint.open(source) as ckpt:
+            found = collect(ckpt, prompts, folder, progress=progress)
+            yield found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
