@@ -22,7 +22,7 @@ class Run:
 
 
 def run(command: Sequence[str], allowed: Collection[int] = (0,), **environment: str) -> Run:
-    """Runs a command to its end. Raises CalledProcessError with its output if it fails.
+    """Runs a command to its end. Raises CalledProcessError if it fails, and shows what it said.
 
     The peak is never below this process's own memory: Linux counts the moment before the new
     program takes over. So this process imports nothing large.
@@ -40,7 +40,8 @@ def run(command: Sequence[str], allowed: Collection[int] = (0,), **environment: 
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.monotonic() - began
     if process.returncode not in allowed:
-        raise subprocess.CalledProcessError(process.returncode, command, output)
+        sys.stderr.buffer.write(output)
+        raise subprocess.CalledProcessError(process.returncode, command)
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 

@@ -270,7 +270,7 @@ def _quantise(
     return 0
 
 
-@inline
+@part
 def _new_chunk(bits: Bits, together: int, b: int, c: int, p: int) -> Chunk:
     """Values are zeros: what no block ever fills stays so."""
     m = together * p
@@ -298,7 +298,7 @@ def _new_chunk(bits: Bits, together: int, b: int, c: int, p: int) -> Chunk:
     )
 
 
-@inline
+@part
 def _take_groups(words: Words, chunk: Chunk) -> None:
     """Groups: a lane of 4 values is one word of BF16, or two of float32."""
     lanes = chunk.words
@@ -309,7 +309,7 @@ def _take_groups(words: Words, chunk: Chunk) -> None:
                 lanes[lane, j, k] = words[(j * _LANES + lane) * each + k]
 
 
-@inline
+@part
 def _take_block(bits: Bits, row: int, col: int, chunk: Chunk) -> None:
     """One block, zeros beyond the edges."""
     block = chunk.block
@@ -322,7 +322,7 @@ def _take_block(bits: Bits, row: int, col: int, chunk: Chunk) -> None:
             block[i, k] = source[k]
 
 
-@inline
+@part
 def _largest_scales(chunk: Chunk, shift: np.uint32, p: int, grid: Grid, scales: Bytes) -> bool:
     """s_max of every block; False if there is an infinity or a NaN.
 
@@ -352,7 +352,7 @@ def _largest_scales(chunk: Chunk, shift: np.uint32, p: int, grid: Grid, scales: 
     return bool(most < _EXPONENT)
 
 
-@inline
+@part
 def _can_gain(chunk: Chunk, grid: Grid, scale_values: Floats, scales: Bytes) -> bool:
     """Whether some block may have less error under a smaller scale."""
     gaining = False
@@ -362,7 +362,7 @@ def _can_gain(chunk: Chunk, grid: Grid, scale_values: Floats, scales: Bytes) -> 
     return gaining
 
 
-@inline
+@part
 def _least_squares(
     chunk: Chunk,
     shift: np.uint32,
@@ -387,7 +387,7 @@ def _least_squares(
                 scales[j] = max(I64(largest[j]) - step, 0)
 
 
-@inline
+@part
 def _spread(scales: Bytes, step: int, p: int, scale_values: Floats, chunk: Chunk) -> int:
     """Scales that are ``step`` smaller, to where the loops over values want them; returns how many
     values of each lane and slice are used."""
@@ -457,7 +457,7 @@ def _error(magnitude: np.float32, nearest: np.float32, half: np.float32) -> np.f
     return magnitude - product - product
 
 
-@inline
+@part
 def _errors(chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid) -> None:
     """Of one slice under the scales that are spread."""
     values, scales, errors = chunk.values, chunk.scales, chunk.errors
@@ -468,7 +468,7 @@ def _errors(chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid) -> N
             errors[lane, i] = _error(magnitude, nearest, scales[1, i])
 
 
-@inline
+@part
 def _round(
     chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid
 ) -> tuple[np.uint32, np.uint32, np.float32]:
@@ -498,7 +498,7 @@ def _square(value: np.float32) -> np.float64:
     return F64(value) * F64(value)
 
 
-@inline
+@part
 def _fold_lanes(x: Floats, used: int, lanes: Doubles) -> None:
     """The squares of a slice, the first three of the folds by halves."""
     for i in range(used):
@@ -507,7 +507,7 @@ def _fold_lanes(x: Floats, used: int, lanes: Doubles) -> None:
         lanes[i] = even + odd
 
 
-@inline
+@part
 def _fold(slices: Doubles, p: int, sums: Doubles) -> None:
     """The other folds. Several blocks have p = 4."""
     lanes = slices.reshape(-1)
@@ -520,7 +520,7 @@ def _fold(slices: Doubles, p: int, sums: Doubles) -> None:
         sums[j] = (fours[j, 0] + fours[j, 2]) + (fours[j, 1] + fours[j, 3])
 
 
-@inline
+@part
 def _add_up(sums: Doubles, first: int, w: int, rows: Doubles) -> None:
     """Sums of blocks, the first of which is the panel's ``first``, onto those of their rows."""
     row, left = first // w, w - first % w
@@ -534,7 +534,7 @@ def _add_up(sums: Doubles, first: int, w: int, rows: Doubles) -> None:
     rows[row] = total
 
 
-@inline
+@part
 def _give_groups(chunk: Chunk, out: Words) -> None:
     """The codes of groups, 16 to an element."""
     fours = chunk.codes4
@@ -553,7 +553,7 @@ def _pack(low: np.uint32, high: np.uint32) -> np.uint64:
     return (x | x >> U64(16)) & U64(0xFFFFFFFF)
 
 
-@inline
+@part
 def _give_block(chunk: Chunk, row: int, col: int, codes: Bytes) -> None:
     """The codes of one FP8 block."""
     block = chunk.block_codes
@@ -563,7 +563,7 @@ def _give_block(chunk: Chunk, row: int, col: int, codes: Bytes) -> None:
             out[k] = block[i, k]
 
 
-@inline
+@part
 def _give_packed(chunk: Chunk, out: Bytes) -> None:
     """The codes of one FP4 group, two to a byte."""
     codes = chunk.block_codes[0]

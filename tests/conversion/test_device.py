@@ -176,6 +176,14 @@ def test_every_road_gives_the_same_files(
     assert on_torch["requantise"] <= 1  # wo_a
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(("name", "request_"), ROADS, ids=lambda value: str(value)[-60:])
+def test_on_a_gpu(name: str, request_: Request, sources: dict[str, Path], tmp_path: Path) -> None:
+    convert(sources[name], tmp_path / "cpu", request_)
+    convert(sources[name], tmp_path / "cuda", request_, device="cuda")
+    assert tree(tmp_path / "cuda") == tree(tmp_path / "cpu")
+
+
 def nan_scale(array: Array) -> None:
     array[70, 2] = 0xFF
 

@@ -6,6 +6,7 @@ are forks of this one, so that PyTorch and the compiled kernels are paid for onc
 size       how many processes; with 0 the command runs in this one, and warms the kernels
 argv       the command
 faults     rank -> a fault as ``crash_driver`` takes them
+killed     a rank that is killed as soon as the first process has said some words on stderr
 folders    rank -> its working directory, where it is not the job's ``folder``
 patches    names of constants -> values
 cut        bytes between two cuts of the journal; panels are small then, too
@@ -43,6 +44,15 @@ def free_port() -> int:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
         return port
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def child(job: dict[str, Any], rank: int, place: dict[str, str]) -> None:
@@ -85,6 +95,14 @@ def warm(job: dict[str, Any]) -> dict[str, Any]:
     return {"out": [out.getvalue()], "err": [err.getvalue()], "codes": [code], "late": 0.0}
 
 
+def strike(killed: dict[str, Any], pids: dict[int, int], err: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not (err.exists() and killed["said"] in err.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(next(pid for pid, rank in pids.items() if rank == killed["rank"]), 9)
+
+
 def perform(job: dict[str, Any]) -> dict[str, Any]:
     """Per process how it ended and what it wrote; and the time between the first end and the last.
 
@@ -101,6 +119,8 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
         pids[pid] = rank
     timer = threading.Timer(TIMEOUT, lambda: [os.kill(pid, 6) for pid in pids])
     timer.start()
+    if "killed" in job:
+        strike(job["killed"], pids, Path(job["folder"], "0.err"))
     codes: dict[int, int] = {}
     ends: list[float] = []
     while pids:

@@ -14,7 +14,7 @@ import pytest
 from dsv4_quant.team.launch import PORTS
 from tests.folders import copy_of, edited_file, golden, shard_with
 from tests.team.conftest import REPOSITORY, Ended, Processes
-from tests.team.driver import free_port
+from tests.team.driver import is_free
 
 WEIGHT = "layers.1.attn.wkv.weight"
 
@@ -37,7 +37,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, sound: Path, processes: Pr
     for rank in range(2):
         with edited_file(folder / "mp" / f"model{rank}-mp2.safetensors") as tensors:
             dtype, shape, data = tensors[WEIGHT]
-            tensors[WEIGHT] = dtype, shape, (b"\x7f" if rank else b"\x01") + data[1:]
+            tensors[WEIGHT] = dtype, shape, (b"\x01" if rank else b"\x7f") + data[1:]
     (folder / "mp" / "stranger.bin").write_bytes(b"?")
     return folder / "mp"
 
@@ -111,11 +111,16 @@ def test_fingerprint(size: int, sound: Path, processes: Processes, tmp_path: Pat
     assert ended.codes == [0] * size and "gate bit" in report["forward"]
 
 
-def test_a_killed_process_ends_a_check(sound: Path, processes: Processes, tmp_path: Path) -> None:
-    fault = {"call": "replace", "nth": 0, "action": "kill"}
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_killed_process_ends_a_check(
+    rank: int, sound: Path, processes: Processes, tmp_path: Path
+) -> None:
     argv = ("fingerprint", sound, "--output", "F.json")
-    ended = processes.run(2, *argv, folder=tmp_path, faults={"0": fault})
-    assert ended.codes[0] == -9 and not (tmp_path / "F.json").exists()
+    killed = {"rank": rank, "said": "forward pass"}
+    ended = processes.run(3, *argv, folder=tmp_path, killed=killed)
+    assert ended.codes == [-9 if other == rank else 2 for other in range(3)]
+    assert ended.late < 5 and f"Process {rank} of 3" in ended.all_said_at_once()
+    assert not list(tmp_path.glob("F.json*"))
 
 
 def test_another_folder_under_the_same_name(
@@ -151,8 +156,7 @@ def test_torchrun(sound: Path, processes: Processes, tmp_path: Path) -> None:
 def test_srun(processes: Processes, tmp_path: Path) -> None:
     """Processes as srun starts them; the job's number is chosen so that its port is free."""
     alone = processes.run(1, "digest", golden("tiny-fp4"), folder=tmp_path)
-    while (port := free_port()) not in PORTS:
-        pass
+    port = next(port for port in PORTS if is_free(port))
     step = {
         "SLURM_JOB_ID": str(port - PORTS.start),
         "SLURM_STEP_ID": "0",
