@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
+from dsv4_quant.checkpoint.sums import LISTS
 from dsv4_quant.cli import calibration
 from dsv4_quant.cli import report as report_page
 from dsv4_quant.cli.output import emit
@@ -172,7 +173,8 @@ def describe(report: ConvertReport) -> str:
         f"value digest  {manifest.value_digest}",
         *proofs(manifest),
         *report_page.requantised(report),
-        f"{MANIFEST} and SHA256SUMS say what every file must be; `dsv4-quant verify` checks it.",
+        f"{MANIFEST} and {LISTS[manifest.hash_kind]} say what every file must be; `dsv4-quant"
+        " verify` checks it.",
     ]
     return "\n".join(lines)
 
@@ -207,7 +209,7 @@ def result(report: ConvertReport) -> dict[str, object]:
         "value_digest": manifest.value_digest,
         "certificate": {name: asdict(proof) for name, proof in manifest.certificate.items()},
         "requantised": _model_cost(manifest),
-        "files": {name: asdict(record) for name, record in manifest.files.items()},
+        "files": {name: record.to_json() for name, record in manifest.files.items()},
     }
 
 

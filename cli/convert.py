@@ -10,7 +10,7 @@ import typer
 from dsv4_quant.cli import conversion
 from dsv4_quant.cli.calibration import Calibrate
 from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Move, Out, Overwrite, Src
-from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
+from dsv4_quant.cli.options import Debug, Json, Quiet, Sums, SumsOption, Workers
 from dsv4_quant.cli.report import Page, Recorded
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.errors import UsageError
@@ -99,6 +99,7 @@ def command(
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
     move: Move = False,
+    sums: SumsOption = Sums.sha256,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -118,7 +119,8 @@ def command(
       dsv4-quant convert DeepSeek-V4-Flash-Base base-fp4 --layout hf --experts fp4 --lossy
     """
     conversion.run(
-        src, out, make_request(gpus, layout, experts, dense, lossy=lossy, rule=scale_rule),
+        src, out,
+        make_request(gpus, layout, experts, dense, sums, lossy=lossy, rule=scale_rule),
         dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
         json=json, quiet=quiet, page=report, fingerprint=fingerprint, device=device.value,
         calibrate=calibrate,
@@ -130,6 +132,7 @@ def make_request(
     layout: str | None,
     experts: Experts,
     dense: Dense,
+    sums: Sums,
     *,
     lossy: bool = False,
     rule: Rule = Rule.least_squares,
@@ -139,10 +142,10 @@ def make_request(
     if layout == "hf":
         if gpus is not None:
             raise UsageError("--gpus splits over GPUs, --layout hf does not: give one of them")
-        return Request("hf", 1, experts.value, dense.value, lossy, chosen)
+        return Request("hf", 1, experts.value, dense.value, lossy, chosen, sums.value)
     if gpus is None:
         raise UsageError(
             "For how many GPUs? Neither --gpus N nor --layout hf was given",
             hint="--gpus N makes one file per GPU, --layout hf shards as published.",
         )
-    return Request("mp", gpus, experts.value, dense.value, lossy, chosen)
+    return Request("mp", gpus, experts.value, dense.value, lossy, chosen, sums.value)

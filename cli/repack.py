@@ -9,7 +9,7 @@ import typer
 from dsv4_quant.cli import conversion
 from dsv4_quant.cli.conversion import DryRun, Gpus, MaxMemory, Move, Out, Overwrite, Src
 from dsv4_quant.cli.convert import Dense, Experts, Layout, make_request
-from dsv4_quant.cli.options import Debug, Json, Quiet, Workers
+from dsv4_quant.cli.options import Debug, Json, Quiet, Sums, SumsOption, Workers
 
 
 def command(
@@ -24,6 +24,7 @@ def command(
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
     move: Move = False,
+    sums: SumsOption = Sums.sha256,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -39,7 +40,7 @@ def command(
       dsv4-quant repack flash-mp8 flash-hf --layout hf
     """
     conversion.run(
-        src, out, make_request(gpus, layout, Experts.keep, Dense.keep),
+        src, out, make_request(gpus, layout, Experts.keep, Dense.keep, sums),
         dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
         json=json, quiet=quiet,
     )  # fmt: skip

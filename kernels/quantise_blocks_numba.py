@@ -31,7 +31,7 @@ from dsv4_quant.formats.rules import (
     candidates,
 )
 from dsv4_quant.kernels.figures import EXACT, FLUSHED, SATURATED, Figures
-from dsv4_quant.kernels.jit_numba import I64, NAN, U64, ceil_div, expect, inline, kernel, part
+from dsv4_quant.kernels.jit_numba import I64, NAN, U64, ceil_div, expect, inline, kernel
 
 U32, F32, F64 = np.uint32, np.float32, np.float64
 Bytes = NDArray[np.uint8]
@@ -125,13 +125,13 @@ def quantise_blocks(
     else:
         figures.begin(h, values=rows * cols, blocks=h * w)
     together = element == "fp4" and block == (1, _GROUP) and cols % _GROUP == 0
-    size = max(_GROUP, 1 << (b * c - 1).bit_length())
-    return _quantise(
+    status = _quantise(
         bits,
         _in_words(bits) if together else _in_words(bits[:0]),
         shift,
         GRIDS[element],
-        (b, c, size // _LANES),
+        _new_chunk(bits.dtype, _TOGETHER if together else 1, b, c),
+        block,
         candidates(rule, element, b * c) if rule else 0,
         MARGIN,
         e8m0.VALUES,
@@ -143,8 +143,10 @@ def quantise_blocks(
         figures.largest_error,
         figures.counts,
         figures.scales,
-        result,
     )
+    if status:
+        _name_first(bits, shift, result)
+    return status
 
 
 def float_bits(values: NDArray[Any]) -> tuple[Bits, np.uint32]:
@@ -154,6 +156,13 @@ def float_bits(values: NDArray[Any]) -> tuple[Bits, np.uint32]:
         return values, U32(16)
     expect("values", values, np.float32, values.shape)
     return values.view(np.uint32), U32(0)
+
+
+def _name_first(bits: Bits, shift: np.uint32, result: Ints) -> None:
+    """The place of the first infinity or NaN of a panel that has one."""
+    refused = (bits.astype(np.uint32) << shift) & _EXPONENT == _EXPONENT
+    row, col = np.unravel_index(refused.argmax(), bits.shape)
+    result[:] = row, col, bits[row, col]
 
 
 def _in_words(array: NDArray[Any]) -> Words:
@@ -200,13 +209,42 @@ class Chunk(NamedTuple):
     """``[G]`` the least of these."""
 
 
+def _new_chunk(dtype: np.dtype[Any], together: int, b: int, c: int) -> Chunk:
+    """Values are zeros: what no block ever fills stays so."""
+    p = max(_GROUP, 1 << (b * c - 1).bit_length()) // _LANES
+    m = together * p
+    n = min(m, _SLICE)
+    values, codes = np.zeros((_LANES, m), dtype), np.zeros((_LANES, m), np.uint8)
+    whole = slice(b * c if together == 1 else 0)
+    scales, peaks = np.empty((2, n), np.float32), np.empty(m, np.uint32)
+    return Chunk(
+        values=values.reshape(_LANES, -1, n),
+        words=values.view(np.uint64).reshape(_LANES, m // 4, -1),
+        block=values.reshape(-1)[whole].reshape(-1, c),
+        codes=codes.reshape(_LANES, -1, n),
+        codes4=codes.view(np.uint32),
+        block_codes=codes.reshape(-1)[whole].reshape(-1, c),
+        magnitudes=np.empty((_LANES, n), np.float32),
+        errors=np.empty((_LANES, n), np.float32),
+        scales=scales,
+        scales4=scales.reshape(2, -1, 4),
+        peaks=peaks,
+        peaks4=peaks.reshape(-1, 4),
+        lanes=np.empty((m // n, n)),
+        value_lanes=np.empty((m // n, n)),
+        sums=np.empty(together),
+        best=np.empty(together),
+    )
+
+
 @kernel
 def _quantise(
     bits: Bits,
     words: Words,
     shift: np.uint32,
     grid: Grid,
-    shape: tuple[int, int, int],
+    chunk: Chunk,
+    block: tuple[int, int],
     tries: int,
     margin: float,
     scale_values: Floats,
@@ -218,15 +256,12 @@ def _quantise(
     largest_error: Floats,
     counts: Ints,
     histogram: Ints,
-    result: Ints,
 ) -> int:
     """``words`` and ``codes16`` are all values and codes in a row, 8 bytes to an element; empty
     unless groups are worked on together. ``codes`` and the figures are empty unless they are
     wanted. ``tries`` is how many scales are tried, 0 where they are given."""
-    b, c, p = shape
-    w, together = scales.shape[1], _TOGETHER if words.size else 1
-    flat_scales = scales.reshape(-1)
-    chunk = _new_chunk(bits, together, b, c, p)
+    (b, c), w, together = block, scales.shape[1], chunk.sums.size
+    p, flat_scales = chunk.peaks.size // together, scales.reshape(-1)
     for first in range(0, scales.size, together):
         chosen = flat_scales[first : first + together]
         row, col = first // w * b, first % w * c
@@ -237,7 +272,6 @@ def _quantise(
             _take_block(bits, row, col, chunk)
         if tries:
             if not _largest_scales(chunk, shift, p, grid, chosen):
-                _find_infinite(bits, shift, row, result)
                 return NAN
             if tries > 1 and _can_gain(chunk, grid, scale_values, chosen):
                 _least_squares(chunk, shift, p, grid, tries, margin, scale_values, chosen)
@@ -270,35 +304,7 @@ def _quantise(
     return 0
 
 
-@part
-def _new_chunk(bits: Bits, together: int, b: int, c: int, p: int) -> Chunk:
-    """Values are zeros: what no block ever fills stays so."""
-    m = together * p
-    n = min(m, _SLICE)
-    values, codes = np.zeros((_LANES, m), bits.dtype), np.empty((_LANES, m), np.uint8)
-    whole = b * c if together == 1 else 0
-    peaks, scales = np.empty(m, np.uint32), np.empty((2, n), np.float32)
-    return Chunk(
-        values.reshape(_LANES, m // n, n),
-        values.view(np.uint64).reshape(_LANES, m // 4, bits.itemsize // 2),
-        values.reshape(-1)[:whole].reshape(whole // c, c),
-        codes.reshape(_LANES, m // n, n),
-        codes.view(np.uint32),
-        codes.reshape(-1)[:whole].reshape(whole // c, c),
-        np.empty((_LANES, n), np.float32),
-        np.empty((_LANES, n), np.float32),
-        scales,
-        scales.reshape(2, n // 4, 4),
-        peaks,
-        peaks.reshape(m // 4, 4),
-        np.empty((m // n, n), np.float64),
-        np.empty((m // n, n), np.float64),
-        np.empty(together, np.float64),
-        np.empty(together, np.float64),
-    )
-
-
-@part
+@inline
 def _take_groups(words: Words, chunk: Chunk) -> None:
     """Groups: a lane of 4 values is one word of BF16, or two of float32."""
     lanes = chunk.words
@@ -309,7 +315,7 @@ def _take_groups(words: Words, chunk: Chunk) -> None:
                 lanes[lane, j, k] = words[(j * _LANES + lane) * each + k]
 
 
-@part
+@inline
 def _take_block(bits: Bits, row: int, col: int, chunk: Chunk) -> None:
     """One block, zeros beyond the edges."""
     block = chunk.block
@@ -322,7 +328,7 @@ def _take_block(bits: Bits, row: int, col: int, chunk: Chunk) -> None:
             block[i, k] = source[k]
 
 
-@part
+@inline
 def _largest_scales(chunk: Chunk, shift: np.uint32, p: int, grid: Grid, scales: Bytes) -> bool:
     """s_max of every block; False if there is an infinity or a NaN.
 
@@ -352,7 +358,7 @@ def _largest_scales(chunk: Chunk, shift: np.uint32, p: int, grid: Grid, scales: 
     return bool(most < _EXPONENT)
 
 
-@part
+@inline
 def _can_gain(chunk: Chunk, grid: Grid, scale_values: Floats, scales: Bytes) -> bool:
     """Whether some block may have less error under a smaller scale."""
     gaining = False
@@ -362,7 +368,7 @@ def _can_gain(chunk: Chunk, grid: Grid, scale_values: Floats, scales: Bytes) -> 
     return gaining
 
 
-@part
+@inline
 def _least_squares(
     chunk: Chunk,
     shift: np.uint32,
@@ -387,7 +393,7 @@ def _least_squares(
                 scales[j] = max(I64(largest[j]) - step, 0)
 
 
-@part
+@inline
 def _spread(scales: Bytes, step: int, p: int, scale_values: Floats, chunk: Chunk) -> int:
     """Scales that are ``step`` smaller, to where the loops over values want them; returns how many
     values of each lane and slice are used."""
@@ -457,7 +463,7 @@ def _error(magnitude: np.float32, nearest: np.float32, half: np.float32) -> np.f
     return magnitude - product - product
 
 
-@part
+@inline
 def _errors(chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid) -> None:
     """Of one slice under the scales that are spread."""
     values, scales, errors = chunk.values, chunk.scales, chunk.errors
@@ -468,7 +474,7 @@ def _errors(chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid) -> N
             errors[lane, i] = _error(magnitude, nearest, scales[1, i])
 
 
-@part
+@inline
 def _round(
     chunk: Chunk, shift: np.uint32, at: int, used: int, grid: Grid
 ) -> tuple[np.uint32, np.uint32, np.float32]:
@@ -498,7 +504,7 @@ def _square(value: np.float32) -> np.float64:
     return F64(value) * F64(value)
 
 
-@part
+@inline
 def _fold_lanes(x: Floats, used: int, lanes: Doubles) -> None:
     """The squares of a slice, the first three of the folds by halves."""
     for i in range(used):
@@ -507,7 +513,7 @@ def _fold_lanes(x: Floats, used: int, lanes: Doubles) -> None:
         lanes[i] = even + odd
 
 
-@part
+@inline
 def _fold(slices: Doubles, p: int, sums: Doubles) -> None:
     """The other folds. Several blocks have p = 4."""
     lanes = slices.reshape(-1)
@@ -520,7 +526,7 @@ def _fold(slices: Doubles, p: int, sums: Doubles) -> None:
         sums[j] = (fours[j, 0] + fours[j, 2]) + (fours[j, 1] + fours[j, 3])
 
 
-@part
+@inline
 def _add_up(sums: Doubles, first: int, w: int, rows: Doubles) -> None:
     """Sums of blocks, the first of which is the panel's ``first``, onto those of their rows."""
     row, left = first // w, w - first % w
@@ -534,7 +540,7 @@ def _add_up(sums: Doubles, first: int, w: int, rows: Doubles) -> None:
     rows[row] = total
 
 
-@part
+@inline
 def _give_groups(chunk: Chunk, out: Words) -> None:
     """The codes of groups, 16 to an element."""
     fours = chunk.codes4
@@ -553,7 +559,7 @@ def _pack(low: np.uint32, high: np.uint32) -> np.uint64:
     return (x | x >> U64(16)) & U64(0xFFFFFFFF)
 
 
-@part
+@inline
 def _give_block(chunk: Chunk, row: int, col: int, codes: Bytes) -> None:
     """The codes of one FP8 block."""
     block = chunk.block_codes
@@ -563,20 +569,9 @@ def _give_block(chunk: Chunk, row: int, col: int, codes: Bytes) -> None:
             out[k] = block[i, k]
 
 
-@part
+@inline
 def _give_packed(chunk: Chunk, out: Bytes) -> None:
     """The codes of one FP4 group, two to a byte."""
     codes = chunk.block_codes[0]
     for k in range(out.size):
         out[k] = codes[2 * k] | (codes[2 * k + 1] << 4)
-
-
-@part
-def _find_infinite(bits: Bits, shift: np.uint32, row: int, result: Ints) -> None:
-    """The first infinity or NaN from a row on; there is one."""
-    col = 0
-    while _magnitude(bits[row, col], shift) < _EXPONENT:
-        col += 1
-        if col == bits.shape[1]:
-            row, col = row + 1, 0
-    result[0], result[1], result[2] = row, col, bits[row, col]

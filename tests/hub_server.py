@@ -38,6 +38,7 @@ class Refuse:
 
     status: int
     wait: str | None = "0"
+    header: str = "Retry-After"
 
 
 @dataclass
@@ -206,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
             if once := self.hub.busy.pop(name, 0):
                 trouble = Refuse(once)
         if isinstance(trouble, Refuse):
-            self.refuse(trouble.status, "", trouble.wait)
+            self.refuse(trouble.status, "", trouble.wait, trouble.header)
             return
         body = trouble.data if isinstance(trouble, Send) else part_of(path, start, stop)
         if name in self.hub.false_bytes:
@@ -242,10 +243,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def refuse(self, status: int, code: str, wait: str | None = "0") -> None:
+    def refuse(
+        self, status: int, code: str, wait: str | None = "0", header: str = "Retry-After"
+    ) -> None:
         headers = {"X-Error-Code": code} if code else {}
         if wait is not None and not code:
-            headers["Retry-After"] = wait
+            headers[header] = wait
         self.head(status, {**headers, "X-Error-Message": f"test: {code}", "Content-Length": "0"})
 
 
@@ -255,7 +258,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 

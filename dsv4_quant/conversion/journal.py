@@ -25,6 +25,8 @@ from typing import Any
 
 from dsv4_quant.checkpoint.folder import PARTIAL
 from dsv4_quant.checkpoint.manifest import MANIFEST
+from dsv4_quant.checkpoint.panels import work_in_threads
+from dsv4_quant.checkpoint.sums import FileHash, HashKind
 from dsv4_quant.conversion.files import prefix_hashes, sync_folder, write_durably
 from dsv4_quant.conversion.notes import NEW, Cut, Journal, Notes
 from dsv4_quant.errors import BusyError, WriteError
@@ -231,27 +233,34 @@ class Workspace:
         shutil.rmtree(self.replaced)
 
     def sound(
-        self, cuts: Sequence[Cut], advance: Callable[[int], None] = lambda count: None
+        self,
+        cuts: Sequence[Cut],
+        kind: HashKind = "sha256",
+        *,
+        workers: int = 1,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Resume:
         """The last cut whose bytes, and those of all before it, are as the journal says.
 
-        ``advance`` is told of bytes that were read.
+        ``kind`` is the journal's hash; ``advance`` is told of bytes that were read.
         """
         marks: dict[str, list[int]] = {}
         for cut in cuts:
             for name, (mark, _) in cut.files.items():
                 marks.setdefault(name, []).append(mark)
-        hashes = {
-            name: prefix_hashes(path, wanted, advance=advance)
-            for name, wanted in marks.items()
-            if (path := self.locate(name)).is_file()
-        }
+        hashes: dict[str, dict[int, FileHash]] = {}
+
+        def hash_one(name: str) -> None:
+            if (path := self.locate(name)).is_file():
+                hashes[name] = prefix_hashes(path, marks[name], kind, advance)
+
+        work_in_threads(marks, lambda: hash_one, workers)
         resume = Resume()
         for cut in cuts:
             prefixes = {}
-            for name, (mark, sha256) in cut.files.items():
+            for name, (mark, stated) in cut.files.items():
                 held = hashes.get(name, {}).get(mark)
-                if held is None or held.hexdigest() != sha256:
+                if held is None or held.hexdigest() != stated:
                     return resume
                 prefixes[name] = (mark, held)
             resume.steps, resume.prefixes = cut.steps, prefixes

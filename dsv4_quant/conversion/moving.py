@@ -14,7 +14,6 @@ An unfinished move is the only whole copy of its weights: nothing may discard it
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
+from dsv4_quant.checkpoint.sums import new_hash
 from dsv4_quant.conversion import operations
 from dsv4_quant.conversion.files import rehash, sync_folder
 from dsv4_quant.conversion.journal import Workspace
@@ -166,7 +166,7 @@ class Mover:
     def _confirm(self, name: str, mark: int, stated: str) -> None:
         """Reads what was written since the last time; raises WriteError if it is not that."""
         path = self.work.locate(name)
-        done, held = self.hashes.get(name) or (0, hashlib.sha256())
+        done, held = self.hashes.get(name) or (0, new_hash(self.plan.request.sums))
         rehash(path, done, mark, held)
         if held.hexdigest() != stated:
             raise WriteError(

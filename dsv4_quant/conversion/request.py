@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsv4_quant.catalogue import Layout
+from dsv4_quant.checkpoint.sums import HashKind
 from dsv4_quant.errors import UsageError
 from dsv4_quant.formats.rules import ScaleRule
 
@@ -26,6 +27,8 @@ class Request:
     """Round what the new format cannot hold, instead of refusing it."""
     rule: ScaleRule = ScaleRule.LEAST_SQUARES
     """How rounded blocks get their scales."""
+    sums: HashKind = "sha256"
+    """The hash that files get."""
     calibration: Mapping[str, Any] | None = None
     """What the Factors that experts are rounded with say of themselves; set by ``convert``."""
 

@@ -7,7 +7,6 @@ SHA256SUMS. A folder with a manifest is complete; one without is not.
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,22 +17,16 @@ from typing import TYPE_CHECKING
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint.manifest import (
     MANIFEST,
-    SUMS,
-    FileRecord,
     Manifest,
-    TensorRecord,
     read_manifest,
-    sums,
 )
 from dsv4_quant.checkpoint.reader import Checkpoint
-from dsv4_quant.checkpoint.requantised import Requantised, by_layer
 from dsv4_quant.conversion.arriving import arriving, vouched
 from dsv4_quant.conversion.budget import Budget, budget
 from dsv4_quant.conversion.casts import Casts, OnProcessor
-from dsv4_quant.conversion.certificate import certificates
-from dsv4_quant.conversion.configs import small_files
 from dsv4_quant.conversion.device import Device, casts_on
-from dsv4_quant.conversion.files import sync_folder, write_durably
+from dsv4_quant.conversion.files import sync_folder
+from dsv4_quant.conversion.finishing import finish
 from dsv4_quant.conversion.journal import Resume, Workspace, freed_headers
 from dsv4_quant.conversion.meeting import meet
 from dsv4_quant.conversion.moving import Mover, check_movable, last_uses, rehearse
@@ -305,7 +298,12 @@ class _Run:
         """How far the bytes on the disk are those of a part's journal."""
         before = part.notes.read()
         cuts = () if before is None else before.cuts
-        resume = self.work.sound(cuts, self.progress.advance)
+        resume = self.work.sound(
+            cuts,
+            self.plan.request.sums,
+            workers=self.limits.workers,
+            advance=self.progress.advance,
+        )
         self._require_source_of_the_rest(resume)
         return replace(part, before=before, resume=resume)
 
@@ -402,7 +400,7 @@ class _Run:
         hashes = {name: sum for _, found in outcomes for name, sum in found.items()}
         self._confirm_source(results)
         self.progress.stage("finishing")
-        manifest = _finish(self.work, self.plan, results, hashes)
+        manifest = finish(self.work, self.plan, results, hashes)
         for mover in self.movers:
             mover.finish(hashes)
         self.work.drop_replaced()
@@ -429,80 +427,3 @@ class _Run:
             file=self.plan.source.root,
             hint="Let nothing write to the source, and run the same command again.",
         )
-
-
-def _finish(
-    work: Workspace, plan: Plan, results: Mapping[str, Result], hashes: Mapping[str, str]
-) -> Manifest:
-    """Moves everything to its place; manifest and SHA256SUMS last."""
-    records = {file.name: FileRecord(file.size, hashes[file.name]) for file in plan.files}
-    small = small_files(plan)
-    for file in plan.files:
-        held = work.locate(file.name)
-        if held.stat().st_size != file.size:
-            raise OSError(errno.EIO, "Another program has changed the file's size", str(held))
-        if held.parent == work.folder:
-            held.replace(work.out / file.name)
-    for name, content in small.items():
-        records[name] = _place(work, name, content)
-    manifest = _manifest(plan, results, records)
-    records[MANIFEST] = _place(work, MANIFEST, manifest.to_json())
-    _place(work, SUMS, sums(records))
-    sync_folder(work.out)
-    return manifest
-
-
-def _place(work: Workspace, name: str, content: bytes | Path) -> FileRecord:
-    """Writes a small file beside its place, makes it durable, then moves it there."""
-    temporary = work.folder / "small"
-    record = write_durably(temporary, content)
-    place = work.out / name
-    if place.parent != work.out:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.parent.resolve().is_relative_to(work.out.resolve()):
-            raise OSError(errno.ELOOP, "A symbolic link that leaves OUT", str(place.parent))
-    else:
-        sync_folder(work.out)  # what came before is durable before this can be seen
-    temporary.replace(place)
-    if place.parent != work.out:
-        sync_folder(place.parent)
-    return record
-
-
-def _manifest(
-    plan: Plan, results: Mapping[str, Result], records: Mapping[str, FileRecord]
-) -> Manifest:
-    key, specs = plan_key(plan), plan.catalogue.specs
-    return Manifest(
-        tool=key["tool"],
-        layout=key["layout"],
-        gpus=key["gpus"],
-        formats=key["formats"],
-        files=dict(records),
-        tensors={name: _record(specs[name], results[name]) for name in specs},
-        source={
-            "layout": plan.source.layout,
-            "gpus": plan.source.gpus,
-            "identity": key["source"],
-        },
-        options={
-            "experts": plan.request.experts,
-            "dense": plan.request.dense,
-            "lossy": plan.request.lossy,
-        },
-        certificate=certificates(plan, results),
-        requantised=_requantised(plan, results),
-    )
-
-
-def _record(spec: TensorSpec, result: Result) -> TensorRecord:
-    source = None if result.read == result.digest else result.read
-    return TensorRecord(str(spec.format), result.digest, source)
-
-
-def _requantised(plan: Plan, results: Mapping[str, Result]) -> Requantised | None:
-    if not plan.is_lossy:
-        return None
-    costs = {name: result.cost for name, result in results.items() if result.cost is not None}
-    layers = by_layer(plan.catalogue.specs.values(), costs)
-    return Requantised(plan.request.rule.value, costs, layers, plan.request.calibration)

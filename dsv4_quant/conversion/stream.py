@@ -114,7 +114,9 @@ class Stream:
             for index, file in enumerate(plan.files):
                 marks = [cut.get(index, 0) for _, cut in self._cuts]
                 path, moving = work.locate(file.name), mover is not None
-                self.files.append(OutputFile(path, file.size, marks, reserve=not moving))
+                self.files.append(
+                    OutputFile(path, file.size, marks, kind=plan.request.sums, reserve=not moving)
+                )
                 if file.name in resume.prefixes:
                     self.files[-1].continue_from(*resume.prefixes[file.name])
         except BaseException:
@@ -144,6 +146,8 @@ class Stream:
         except BaseException as error:
             self._fail(error)
             journal.join()
+            if isinstance(error, Exception):
+                raise self._failed[0] from None  # others may be its echoes
             raise
         if self._failed:
             raise self._failed[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from dsv4_quant import __version__
 from dsv4_quant.checkpoint.folder import INDEX, is_weight_file
 from dsv4_quant.checkpoint.manifest import (
     MANIFEST,
-    SUMS,
     FileRecord,
     Manifest,
     read_manifest,
@@ -22,6 +20,7 @@ from dsv4_quant.checkpoint.manifest import (
 )
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.sidecars import carried_files, identity
+from dsv4_quant.checkpoint.sums import LISTS, HashKind, new_hash
 from dsv4_quant.conversion.arriving import digest_source, incoming_room
 from dsv4_quant.conversion.configs import CONFIG, INFERENCE_CONFIG, small_files
 from dsv4_quant.conversion.files import prefix_hashes
@@ -77,7 +76,7 @@ def disk_room(
     is_unfinished = (out / FOLDER).is_dir()
     ours = [*(out / FOLDER).iterdir()] if is_unfinished else []
     if is_unfinished or not overwrite:
-        made = (SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG)
+        made = (*LISTS.values(), MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG)
         ours += [out / name for name in (*carried, *made, *(file.name for file in plan.files))]
     free += sum(_allocated(path) for path in ours)
     small = sum(path.stat().st_size for path in carried.values())
@@ -134,6 +133,7 @@ def plan_key(plan: Plan) -> dict[str, Any]:
             "dense": str(formats.dense),
             "wo_a": str(formats.wo_a),
         },
+        "sums": plan.request.sums,
         "rule": plan.request.rule.value if plan.is_lossy else None,
         "calibration": plan.request.calibration if plan.is_lossy else None,
     }
@@ -152,6 +152,7 @@ def _key_of(manifest: Manifest) -> dict[str, Any]:
         "layout": manifest.layout,
         "gpus": manifest.gpus,
         "formats": dict(manifest.formats),
+        "sums": manifest.hash_kind,
         "rule": None if manifest.requantised is None else manifest.requantised.rule,
         "calibration": manifest.requantised and manifest.requantised.calibration,
     }
@@ -165,7 +166,7 @@ def finished(
         manifest = read_manifest(out / MANIFEST)
     except ManifestError:
         return None
-    if _key_of(manifest) != key or not (out / SUMS).is_file():
+    if _key_of(manifest) != key or not (out / LISTS[manifest.hash_kind]).is_file():
         return None
     progress.stage("checking the finished output")
     if not _is_whole(out, manifest) or not _comes_from(manifest, plan):
@@ -179,15 +180,15 @@ def finished(
 
 
 def _is_whole(out: Path, manifest: Manifest) -> bool:
-    """Whether all files are there and as manifest and SHA256SUMS say."""
-    text = (out / MANIFEST).read_bytes()
-    itself = FileRecord(len(text), hashlib.sha256(text).hexdigest())
-    if (out / SUMS).read_bytes() != sums({**manifest.files, MANIFEST: itself}):
+    """Whether all files are there and as manifest and the list of hashes say."""
+    kind, text = manifest.hash_kind, (out / MANIFEST).read_bytes()
+    itself = FileRecord.of(len(text), kind, _hash(text, kind))
+    if (out / LISTS[kind]).read_bytes() != sums({**manifest.files, MANIFEST: itself}):
         return False
     return all(
         (out / name).is_file()
         and (out / name).stat().st_size == record.bytes
-        and _sha256(out / name) == record.sha256
+        and _hash(out / name, kind) == record.hash
         for name, record in manifest.files.items()
     )
 
@@ -195,20 +196,23 @@ def _is_whole(out: Path, manifest: Manifest) -> bool:
 def _comes_from(manifest: Manifest, plan: Plan) -> bool:
     """Whether the files beside the weights are those that the plan's source would give."""
     weights = {file.name for file in plan.files}
-    return {n: r.sha256 for n, r in manifest.files.items() if n not in weights} == {
-        name: _sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-        for name, content in small_files(plan).items()
+    return {n: r.hash for n, r in manifest.files.items() if n not in weights} == {
+        name: _hash(content, manifest.hash_kind) for name, content in small_files(plan).items()
     }
 
 
-def _sha256(path: Path) -> str:
-    size = path.stat().st_size
-    return str(prefix_hashes(path, [size])[size].hexdigest())
+def _hash(content: Path | bytes, kind: HashKind) -> str:
+    if isinstance(content, bytes):
+        made = new_hash(kind)
+        made.update(content)
+        return made.hexdigest()
+    size = content.stat().st_size
+    return str(prefix_hashes(content, [size], kind)[size].hexdigest())
 
 
 def withdraw(work: Workspace, plan: Plan) -> None:
     """Takes back an output that was at its place already, when a part of it is not sound."""
-    for name in (SUMS, MANIFEST, INDEX, CONFIG):
+    for name in (*LISTS.values(), MANIFEST, INDEX, CONFIG):
         (work.out / name).unlink(missing_ok=True)
     for file in plan.files:
         if (work.out / file.name).exists():
@@ -224,5 +228,7 @@ def earlier_output(work: Workspace) -> list[str]:
             listed += read_manifest(manifest).files
     weights = sorted(path.name for path in out.iterdir() if is_weight_file(path.name))
     home = out.resolve()
-    names = dict.fromkeys((SUMS, MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG, *listed, *weights))
+    names = dict.fromkeys(
+        (*LISTS.values(), MANIFEST, INDEX, CONFIG, INFERENCE_CONFIG, *listed, *weights)
+    )
     return [name for name in names if (out / name).parent.resolve().is_relative_to(home)]

@@ -2,7 +2,7 @@
 
 v is a value before, w what its code and scale decode to after. Sums are over a weight, a layer or
 a model. They are taken in an order that does not depend on panels, threads or machines: see
-:func:`total` and the row figures of ``kernels.quantise_fp4_numba``.
+:func:`total` and ``kernels.figures``.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ the first: a file that changes under a run is an error.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -25,6 +26,9 @@ MAX_SAID_PAUSE = 900.0
 """Seconds; the second where the hub itself says how long to wait."""
 
 AGAIN = (408, 429, 500, 502, 503, 504)
+
+_DIGITS = re.compile(r"[0-9]{1,6}")
+_RATE_LIMIT = re.compile(r";\s*r=0\s*;\s*t=([0-9]{1,6})")
 
 Answer = TypeVar("Answer")
 
@@ -141,6 +145,11 @@ def retriable_errors() -> tuple[type[Exception], ...]:
 
 
 def said_pause(response: Any) -> float:
-    """Seconds that an answer asks to wait, 0 if it does not say."""
-    said = "" if response is None else str(response.headers.get("Retry-After", "")).strip()
-    return min(float(said), MAX_SAID_PAUSE) if said.isdecimal() else 0.0
+    """Seconds that an answer asks to wait, 0 if it does not say.
+
+    In Retry-After, or as the hub counts requests: ``RateLimit: "api";r=0;t=55``.
+    """
+    headers = {} if response is None else response.headers
+    limit = _RATE_LIMIT.search(headers.get("RateLimit", ""))
+    said = headers.get("Retry-After", "").strip() or (limit[1] if limit else "")
+    return min(float(said), MAX_SAID_PAUSE) if _DIGITS.fullmatch(said) else 0.0

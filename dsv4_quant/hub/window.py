@@ -56,6 +56,7 @@ class Window:
         for index, visit in enumerate(visits):
             self._of_file[visit.file].append(index)
         self._next = self._held = 0
+        self._done = done
         self._changed = threading.Condition()
         self._failed: BaseException | None = None
         self._landings: dict[str, Landing] = {}
@@ -115,6 +116,7 @@ class Window:
             while (index := self._admit()) is not None:
                 self._fetch(index)
                 self._become(index, _State.HERE)
+                self.release(self._done)  # of a file that nobody reads it is time already
         except BaseException as error:
             self._fail(error)
 
@@ -166,6 +168,8 @@ class Window:
 
     def release(self, done: int) -> None:
         """Gives back what only steps before ``done`` need: no run will ever begin there again."""
+        with self._changed:
+            self._done = max(self._done, done)
         for index, visit in enumerate(self._visits):
             if visit.last < done and self._leave(index):
                 kept = self._in_use(visit.file, (_State.COMING, _State.HERE))

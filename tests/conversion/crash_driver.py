@@ -24,6 +24,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -189,6 +190,8 @@ def child(job: dict[str, Any], pipe: int) -> None:
 def supervise(job: dict[str, Any]) -> dict[str, Any]:
     """Forks a child for a job and waits for it; kills it after ``job["seconds"]`` if given."""
     if job.get("here"):
+        with tempfile.TemporaryDirectory() as folder:  # a first use of kernels has calls of its own
+            perform({**job, "out": f"{folder}/warm", "move": False})
         return perform(job)
     aside = Path(job["out"]).parent / "aside"
     shutil.rmtree(aside, ignore_errors=True)

@@ -22,6 +22,8 @@ from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.config import parse_config
 from dsv4_quant.conversion import plan as plans
 from dsv4_quant.conversion.journal import FOLDER
+from dsv4_quant.conversion.notes import Cut as CutMade
+from dsv4_quant.conversion.notes import Notes
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import ConvertReport, convert
 from dsv4_quant.conversion.summary import plan_conversion
@@ -31,6 +33,7 @@ from dsv4_quant.errors import (
     SourceDamagedError,
     UnreadableError,
     UsageError,
+    WriteError,
 )
 from dsv4_quant.hub import opened
 from dsv4_quant.hub.arrivals import NOTES
@@ -477,6 +480,31 @@ def test_an_error_elsewhere_does_not_wait_for_what_comes(
             run(slow, tmp_path / "out", Request("hf", 1, "fp8"), workers=4)
         assert time.monotonic() - began < 30
     assert not (tmp_path / "out").exists()
+
+
+def test_a_journal_that_fails_while_all_wait_for_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = threading.Event()
+
+    def stall(name: str, start: int, stop: int) -> Trouble:
+        if name == LAYER and is_whole(start, stop):
+            waiting.set()
+            return Refuse(503, "600")
+        return None
+
+    def fails(notes: Notes, cut: CutMade) -> None:
+        if waiting.wait(0.005):
+            time.sleep(0.5)  # until everything that is here has been read
+            raise WriteError("The journal cannot be written")
+        real(notes, cut)
+
+    real, hub.trouble = Notes.record, stall
+    monkeypatch.setattr(Notes, "record", fails)
+    began = time.monotonic()
+    with pytest.raises(WriteError, match="journal cannot be written"):
+        run(hub, tmp_path / "out")
+    assert time.monotonic() - began < 60
 
 
 def test_a_plan_reads_what_the_stream_reads(source: Path) -> None:

@@ -195,3 +195,19 @@ def test_rank_files_that_do_not_fit_together(
     with pytest.raises(UnreadableError):
         convert(src, tmp_path / "out", Request("mp", 1))
     assert not (tmp_path / "out").exists()
+
+
+def test_another_hash_of_the_files_makes_another_list_and_the_same_weights(tmp_path: Path) -> None:
+    from blake3 import blake3
+
+    for kind in ("sha256", "blake3"):
+        convert(golden("tiny-fp4"), tmp_path / kind, Request("mp", 2, sums=kind))  # type: ignore[arg-type]
+    plain, fast = tree(tmp_path / "sha256"), tree(tmp_path / "blake3")
+    signs = {"SHA256SUMS", "B3SUMS", "dsv4-manifest.json"}
+    assert {k: v for k, v in plain.items() if k not in signs} == {
+        k: v for k, v in fast.items() if k not in signs
+    }
+    assert "SHA256SUMS" not in fast and "B3SUMS" not in plain
+    for line in (tmp_path / "blake3" / "B3SUMS").read_text().splitlines():
+        stated, _, name = line.partition("  ")
+        assert blake3((tmp_path / "blake3" / name).read_bytes()).hexdigest() == stated

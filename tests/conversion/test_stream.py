@@ -55,7 +55,7 @@ def slowed(first: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever thread is handed the first batch does ``first`` before it begins with it."""
     real = stream.work_in_threads
 
-    def work_in_threads(items: Iterable[Any], make: Callable[[], Any], workers: int) -> None:
+    def work_in_threads(items: Iterable[Any], make: Callable[[], Any], *rest: Any) -> None:
         def make_slow() -> Callable[[Any], None]:
             work = make()
 
@@ -66,7 +66,7 @@ def slowed(first: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
 
             return slow
 
-        real(items, make_slow, workers)
+        real(items, make_slow, *rest)
 
     monkeypatch.setattr(stream, "work_in_threads", work_in_threads)
 
@@ -88,10 +88,10 @@ def test_a_thread_that_fails_while_others_wait_for_room(
     slowed(lambda: time.sleep(1), monkeypatch)
     real = stream.Stream._take
 
-    def take(self: stream.Stream, bite: stream.Bite, hasher: Any) -> None:
+    def take(self: stream.Stream, bite: stream.Bite, *tools: Any) -> None:
         if bite.step == 0:
             raise ZeroDivisionError
-        real(self, bite, hasher)
+        real(self, bite, *tools)
 
     monkeypatch.setattr(stream.Stream, "_take", take)
     before = threading.active_count()

@@ -58,9 +58,12 @@ def test_bad_weather(hub: Hub) -> None:
     assert weather.cuts > 3 and weather.refusals > 3
 
 
-def test_the_hub_says_how_long_to_wait(hub: Hub) -> None:
+@pytest.mark.parametrize(
+    "trouble", [Refuse(429, "1"), Refuse(429, '"resolvers";r=0;t=1', "RateLimit")]
+)
+def test_the_hub_says_how_long_to_wait(hub: Hub, trouble: Trouble) -> None:
     connection = connect(hub, pause=100)
-    hub.trouble = troubles(Refuse(429, "1"))
+    hub.trouble = troubles(trouble)
     began = time.monotonic()
     fetch(connection, 0, 10)
     assert 1 <= time.monotonic() - began < 5

@@ -125,36 +125,40 @@ def test_every_read_has_its_visit_and_every_file_one_whole(
 def test_the_room_is_enough_whatever_happens_when(
     case: tuple[list[list[Range]], dict[str, int]], chance: random.Random, every: int
 ) -> None:
-    """A run with any delays: visits are admitted in order, steps wait, cuts come late."""
+    """A run with any delays: visits are admitted in order and arrive later, steps wait for them,
+    cuts come late, and what has served goes with the cut, or when it arrives."""
     reads, sizes = case
     found = visits(reads, sizes)
     cuts = [*range(every, len(reads), every), len(reads)]
     limit = room(found, cuts)
     done = cut = admitted = 0
+    coming: set[int] = set()
     here: set[int] = set()
     while cut < len(reads):
-        moves = []
-        if (
-            admitted < len(found)
-            and sum(found[i].nbytes for i in here) + found[admitted].nbytes <= limit
-        ):
+        held = sum(found[i].nbytes for i in here | coming)
+        assert held <= limit
+        moves = ["arrive"] if coming else []
+        if admitted < len(found) and held + found[admitted].nbytes <= limit:
             moves.append("admit")
-        needed = [i for i, v in enumerate(found) if v.first <= done <= v.last]
-        if done < len(reads) and here >= set(needed):
+        needed = {i for i, visit in enumerate(found) if visit.first <= done <= visit.last}
+        if done < len(reads) and needed <= here:
             moves.append("step")
         if any(cut < c <= done for c in cuts):
             moves.append("cut")
         assert moves, "nothing can go on"
         move = chance.choice(moves)
         if move == "admit":
-            here.add(admitted)
+            coming.add(admitted)
             admitted += 1
+        elif move == "arrive":
+            arrived = chance.choice(sorted(coming))
+            coming.remove(arrived)
+            here.add(arrived)
         elif move == "step":
             done += 1
         else:
             cut = next(c for c in cuts if c > cut)
-            here -= {i for i in here if found[i].last < cut}
-        assert sum(found[i].nbytes for i in here) <= limit
+        here -= {i for i in here if found[i].last < cut}
 
 
 def test_the_room_of_an_mp_conversion_is_three_files() -> None:

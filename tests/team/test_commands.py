@@ -43,9 +43,12 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, sound: Path, processes: Pr
 
 
 def untimed(value: Any) -> Any:
-    """A result without what differs from run to run."""
+    """A result without what differs: times, and what of the layers each process reads again."""
     if isinstance(value, dict):
-        return {key: untimed(one) for key, one in value.items() if key != "seconds"}
+        left_out = {"seconds", "reading"} | (
+            {"bytes"} if value.get("level") == "forward" else set()
+        )
+        return {key: untimed(one) for key, one in value.items() if key not in left_out}
     return [untimed(one) for one in value] if isinstance(value, list) else value
 
 

@@ -99,7 +99,7 @@ def test_of_several_errors_all_end_with_one() -> None:
 
 
 def test_the_first_waits_until_nobody_works_any_more() -> None:
-    working = threading.Semaphore(0)
+    working, ended = threading.Semaphore(0), list[bool]()
 
     def program(team: Crew) -> None:
         def work() -> None:
@@ -111,11 +111,12 @@ def test_the_first_waits_until_nobody_works_any_more() -> None:
         try:
             team.gather(work)
         except WriteError:
-            if team.rank == 0:  # both have ended their work by now
-                assert working.acquire(blocking=False) and working.acquire(blocking=False)
+            if team.rank == 0:
+                ended.extend(working.acquire(blocking=False) for _ in range(2))
             raise
 
     assert [str(error) for error in all_of(3, program)] == ["Full."] * 3
+    assert ended == [True, True], "both had ended their work by then"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "I/O error"), MemoryError()])
