@@ -23,7 +23,7 @@ from dsv4_quant.conversion.device import Device
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import ConvertReport, convert
 from dsv4_quant.conversion.summary import PlanSummary, plan_conversion
-from dsv4_quant.conversion.target import check_empty
+from dsv4_quant.conversion.target import check_early
 from dsv4_quant.errors import UsageError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -101,8 +101,7 @@ def run(
     """Plans or converts, and tells the result."""
     report_page.check(request, page, fingerprint)
     calibration.check(request, calibrate, move=move, alone=here().size == 1)
-    if out.is_dir() and not overwrite and not (out / MANIFEST).exists():
-        check_empty(out)  # before the hub is asked
+    check_early(out, overwrite=overwrite)  # before the hub is asked
     with shown(quiet=quiet) as progress, opened_source(src, progress) as source:
         if calibrate is not None and source.arrivals is not None:
             raise UsageError(

@@ -18,7 +18,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from dsv4_quant.errors import BusyError, WriteError
 
 FOLDER = PARTIAL
 _LOCK, _JOURNAL = "lock", "journal"
-_JOURNALS = re.compile(rf"{_JOURNAL}(?:-[0-9]+-of-([0-9]+))?")
+_JOURNALS = re.compile(rf"{_JOURNAL}(?:-([0-9]+)-of-([0-9]+))?")
 _REPLACED = "replaced"
 FREED = "freed"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -61,7 +61,7 @@ def freed_headers(out: Path) -> Path | None:
     """
     folder = out / FOLDER / FREED
     partial = out / FOLDER
-    begun = (partial / _REPLACED).exists() or any(_journals(partial))
+    begun = (partial / _REPLACED).exists() or _parts_in(partial)
     if partial.is_dir() and (out / MANIFEST).exists() and not begun:
         work = Workspace(out)
         try:
@@ -71,11 +71,21 @@ def freed_headers(out: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _journals(folder: Path) -> Iterator[tuple[Path, int]]:
-    """The journals that lie there, and how many parts each of them says that there are."""
-    for path in folder.glob(f"{_JOURNAL}*"):
-        if (found := _JOURNALS.fullmatch(path.name)) is not None:
-            yield path, int(found[1] or 1)
+def _journals(folder: Path) -> list[Path]:
+    """All that lie there; the first part's comes first."""
+    return sorted(p for p in folder.glob(f"{_JOURNAL}*") if _JOURNALS.fullmatch(p.name))
+
+
+def _parts_in(folder: Path) -> int:
+    """How many parts there are by the first one's journal; 0 without it.
+
+    One journal of all is believed before any of parts: it goes when all those have been written.
+    """
+    first = [path.name for path in _journals(folder)]
+    found = _JOURNALS.fullmatch(first[0]) if first else None
+    if found is None or found[1] not in (None, "0"):
+        return 0
+    return int(found[2] or 1)
 
 
 class Workspace:
@@ -137,8 +147,7 @@ class Workspace:
     @property
     def parts(self) -> int:
         """Into how many parts an earlier run divided its plan; 0 if it left no journal."""
-        counts = [count for _, count in _journals(self.folder)]
-        return 1 if 1 in counts else max(counts, default=0)
+        return _parts_in(self.folder)
 
     def notes(self, number: int = 0, count: int = 1) -> Notes:
         """The journal of one of so many parts."""
@@ -282,7 +291,7 @@ class Workspace:
         if not complete:
             self._require_no_freed()
         self._put_back()
-        for journal, _ in _journals(self.folder):
+        for journal in _journals(self.folder):
             journal.unlink()
         shutil.rmtree(self.freed, ignore_errors=True)
         for entry in self.folder.iterdir():

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.budget import budget
 from dsv4_quant.conversion.device import Device, casts_on
 from dsv4_quant.conversion.journal import freed_headers
 from dsv4_quant.conversion.plan import COPY, Plan, make_plan
 from dsv4_quant.conversion.request import Request
-from dsv4_quant.conversion.target import check_empty, check_separate, disk_room
+from dsv4_quant.conversion.target import check_early, check_separate, disk_room
 
 if TYPE_CHECKING:
     from dsv4_quant.hub.arrivals import Arrivals
@@ -78,8 +77,7 @@ def plan_conversion(
         plan = make_plan(source, request)
         limits = budget(plan, workers=workers, max_memory=max_memory, device=device)
         check_separate(source.root, Path(out))
-        if not overwrite and Path(out).is_dir() and not (Path(out) / MANIFEST).exists():
-            check_empty(Path(out))
+        check_early(Path(out), overwrite=overwrite)
         needed, free = disk_room(plan, Path(out), overwrite=overwrite, move=move)
         return _summary(plan, limits.workers, limits.peak_bytes, needed, free)
 

@@ -60,6 +60,13 @@ def check_empty(out: Path) -> None:
         )
 
 
+def check_early(out: Path, *, overwrite: bool) -> None:
+    """``check_empty`` before anything else is looked at, where there is nothing to continue."""
+    begun = any((out / name).exists() for name in (MANIFEST, FOLDER))
+    if out.is_dir() and not overwrite and not begun:
+        check_empty(out)
+
+
 def disk_room(
     plan: Plan, out: Path, *, overwrite: bool = False, move: bool = False
 ) -> tuple[int, int]:

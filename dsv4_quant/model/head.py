@@ -28,7 +28,7 @@ EMBED, HEAD = "embed.weight", "head.weight"
 HEAD_ROWS = 8192
 """Rows of the head that are read and multiplied at a time."""
 
-GROUP_BYTES = 128 << 20
+GROUP_BYTES = 1 << 27
 """Logits that are handed out together where all of them are not to be held."""
 
 

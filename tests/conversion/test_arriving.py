@@ -44,7 +44,7 @@ from tests.folders import edited_file, read_file, write_file
 from tests.hub.conftest import Weather
 from tests.hub_server import Cut, Hub, Refuse, Send, Trouble, serving
 
-CUT = 1 << 17
+CUT = 1 << 18
 MP = Request("mp", 2)
 LAYER = "model-00004-of-00009.safetensors"
 """The shard of layer 2."""
@@ -427,7 +427,7 @@ def wait_for_cuts(out: Path, count: int, process: subprocess.Popen[bytes]) -> No
 
 
 class TestInAnotherProcess:
-    @pytest.mark.parametrize("cuts", [5, 100])
+    @pytest.mark.parametrize("cuts", [3, 50])
     def test_killed(
         self, cuts: int, hub: Hub, reference: Callable[[Request], dict[str, str]], tmp_path: Path
     ) -> None:

@@ -37,6 +37,9 @@ class Altered:
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._ckpt.specs
 
+    def halt(self) -> None:
+        self._ckpt.halt()
+
     def stored(self, spec: TensorSpec) -> tuple[StoredTensor, ...]:
         return self._ckpt.stored(spec)
 

@@ -132,6 +132,28 @@ class TestAKilledProcess:
         assert "of it by an earlier run" in again.out[0]
         assert tree(out) == alone
 
+    @pytest.mark.parametrize(("call", "nth"), [("replace", 3), ("replace", 9), ("unlink", 2)])
+    def test_the_first_while_it_finishes(
+        self,
+        call: str,
+        nth: int,
+        source: Path,
+        alone: dict[str, str],
+        processes: Processes,
+        tmp_path: Path,
+    ) -> None:
+        """Between two files' moves, before SHA256SUMS, between the removal of two journals."""
+        out = tmp_path / "out"
+        argv = ("convert", source, out, "--gpus", "4", *FP8)
+        fault = {"0": {"call": call, "nth": nth, "action": "kill"}}
+        ended = processes.run(2, *argv, folder=tmp_path, faults=fault)
+        assert ended.codes[0] == -9 and (out / FOLDER).exists()
+        assert (out / "SHA256SUMS").exists() == (call == "unlink")
+        again = processes.run(2, *argv, folder=tmp_path)
+        assert again.codes == [0, 0], again
+        assert "of it by an earlier run" in again.out[0]
+        assert tree(out) == alone and not (out / FOLDER).exists()
+
     def test_another_number_of_processes_goes_on_with_one_ones_work(
         self, source: Path, alone: dict[str, str], processes: Processes, tmp_path: Path
     ) -> None:
