@@ -61,7 +61,7 @@ MaxMemory = Annotated[
         "--max-memory",
         metavar="SIZE",
         parser=parse_size,
-        help="Bound of the peak memory, whatever the checkpoint's size.",
+        help="Bound of a process's peak memory, whatever the checkpoint's size.",
     ),
 ]
 Overwrite = Annotated[

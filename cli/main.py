@@ -85,6 +85,12 @@ def _root(
 ) -> None:
     """Convert, requantise, prove, repack and verify DeepSeek-V4 checkpoints.
 
+    Several processes, on one machine or many, share the work of convert, repack, verify, digest and
+    fingerprint where torchrun or srun starts them; paths must lie on a filesystem that they share.
+
+    \b
+      torchrun --nproc-per-node 4 -m dsv4_quant convert SRC OUT --gpus 8
+
     \b
     Exit codes: 0 done, or all checks hold; 1 a check found something;
     2 wrong usage or unreadable input.

@@ -70,13 +70,24 @@ class Window:
             thread.start()
 
     def _land(self, folder: Path) -> None:
-        """Makes all files to land in: nothing appears in the folder later."""
+        """Makes all files to land in: nothing appears in the folder later.
+
+        What an interrupted run left stays where it may serve: what has served already goes.
+        """
         for name, indices in self._of_file.items():
             path = folder / (name + SUFFIX)
             if all(map(self._is_gone, indices)):
                 path.unlink(missing_ok=True)
-            else:
-                self._landings[name] = Landing(path, self._files[name].size)
+                continue
+            landing = self._landings[name] = Landing(path, self._files[name].size)
+            if landing.was_there:
+                gone = [s for i in indices if self._is_gone(i) for s in self._visits[i].spans]
+                used = [s for i in indices if not self._is_gone(i) for s in self._parts(i)]
+                landing.free(gone, [(0, landing.filled()), *used])
+
+    def _parts(self, index: int) -> tuple[Span, ...]:
+        visit = self._visits[index]
+        return () if visit.is_whole else visit.spans
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Fills a buffer with a file's bytes, as soon as they are here. Raises what went wrong."""

@@ -118,7 +118,7 @@ def test_python_m_and_its_exit_codes(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     done = python("-m", "dsv4_quant", "inspect", str(tmp_path / "nowhere"))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: No such folder") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: There is no folder") and "Traceback" not in done.stderr
 
 
 def test_a_reader_that_stops_early() -> None:
