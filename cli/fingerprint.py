@@ -72,6 +72,8 @@ def command(
     model: bit for bit on the same kind of machine, whatever its layout, format and GPU count. It
     needs the file alone, not the source. On a difference it names the layer and the tensors.
 
+    Several processes share the prompts; each of them reads every layer.
+
     With --import the fingerprint holds what a served model said: its likeliest next tokens and
     their natural log-probabilities, best first, or ids alone where only their order is known.
     Position p foretells the token after tokens 0 to p. FILE is JSON:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -176,8 +176,10 @@ def finished(
     if _key_of(manifest) != key or not (out / LISTS[manifest.hash_kind]).is_file():
         return None
     progress.stage("checking the finished output")
-    if not _is_whole(out, manifest) or not _comes_from(manifest, plan):
+    progress.total(sum(record.bytes for record in manifest.files.values()))
+    if not _is_whole(out, manifest, progress) or not _comes_from(manifest, plan):
         return None
+    progress.stage("checking what it was made of")
     try:
         digests = digest_source(plan.source, out / FOLDER, workers=workers, progress=progress)
     except NotANumberError:
@@ -186,7 +188,7 @@ def finished(
     return manifest if digests == said else None
 
 
-def _is_whole(out: Path, manifest: Manifest) -> bool:
+def _is_whole(out: Path, manifest: Manifest, progress: Progress) -> bool:
     """Whether all files are there and as manifest and the list of hashes say."""
     kind, text = manifest.hash_kind, (out / MANIFEST).read_bytes()
     itself = FileRecord.of(len(text), kind, _hash(text, kind))
@@ -195,7 +197,7 @@ def _is_whole(out: Path, manifest: Manifest) -> bool:
     return all(
         (out / name).is_file()
         and (out / name).stat().st_size == record.bytes
-        and _hash(out / name, kind) == record.hash
+        and _hash(out / name, kind, progress.advance) == record.hash
         for name, record in manifest.files.items()
     )
 
@@ -208,13 +210,15 @@ def _comes_from(manifest: Manifest, plan: Plan) -> bool:
     }
 
 
-def _hash(content: Path | bytes, kind: HashKind) -> str:
+def _hash(
+    content: Path | bytes, kind: HashKind, advance: Callable[[int], None] = lambda count: None
+) -> str:
     if isinstance(content, bytes):
         made = new_hash(kind)
         made.update(content)
         return made.hexdigest()
     size = content.stat().st_size
-    return str(prefix_hashes(content, [size], kind)[size].hexdigest())
+    return str(prefix_hashes(content, [size], kind, advance)[size].hexdigest())
 
 
 def withdraw(work: Workspace, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsv4_quant.errors import DiskSpaceError, WriteError
-from dsv4_quant.hub.schedule import Span, without
+from dsv4_quant.hub.schedule import BLOCK, Span, without
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
@@ -73,7 +73,8 @@ class Landing:
         """Gives back the space of ``spans`` outside ``kept``."""
         kept = list(kept)
         for start, stop in without(spans, kept):
-            length = ctypes.c_int64(stop - start)
+            beyond = -stop % BLOCK if stop == self.size else 0  # the last block is only begun
+            length = ctypes.c_int64(stop + beyond - start)
             mode = _PUNCH_HOLE | _KEEP_SIZE
             if _LIBC.fallocate(self._fd, mode, ctypes.c_int64(start), length):
                 self._empty(kept)

@@ -251,11 +251,12 @@ class Crew(Team):
                 self._failure = self._lost(0)
 
     def _read_beats(self) -> dict[int, bytes]:
-        """Of all others in the first process; elsewhere of none."""
+        """Of all others in the first process; elsewhere of the first."""
+        heard = self._others if self.is_first else [0]
+        held = self._board.multi_get([f"beat/{other}" for other in heard])
+        beats = dict(zip(heard, held, strict=True))
         if not self.is_first:
-            return {}
-        held = self._board.multi_get([f"beat/{other}" for other in self._others])
-        beats = dict(zip(self._others, held, strict=True))
+            return beats
         self._states |= {rank: unpack(b)[1:] for rank, b in beats.items() if b != LEFT}
         self._shown.show(self._states.values())
         return beats

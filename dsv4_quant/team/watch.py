@@ -1,7 +1,8 @@
 """Who of the processes is still alive.
 
 A process on the same machine is seen to end at once, through a pidfd. One elsewhere is given up
-when the first process has not heard its heartbeat for half a minute.
+when its heartbeat has not been heard for half a minute: the first process listens to all others,
+and they to the first.
 """
 
 from __future__ import annotations

@@ -60,14 +60,22 @@ def test_who_owns_a_weight_reads_all_of_it_and_others_what_they_write(source: Ch
     plan = make_plan(source, Request("mp", 4, "fp8"))
     name = "layers.0.attn.wq_b.weight"  # its rows are split
     rows = source.specs[name].matrix[0]
-    read = []
+    quarter, owners = rows // 4, []
     for number in range(4):
         step = next(step for step in part_of(plan, number, 4).steps if step.out.name == name)
-        read.append([row for row in range(0, rows, 128) if step.needs(row, row + 128)])
-        assert step.owned == (number == 0)
-    quarter = rows // 4
-    assert read[0] == list(range(0, rows, 128))
-    assert read[1:] == [list(range(n * quarter, (n + 1) * quarter, 128)) for n in (1, 2, 3)]
+        read = [row for row in range(0, rows, 128) if step.needs(row, row + 128)]
+        own = range(number * quarter, (number + 1) * quarter, 128)
+        assert read == list(range(0, rows, 128) if step.owned else own)
+        owners += [number] if step.owned else []
+    assert len(owners) == 1
+
+
+def test_each_part_owns_its_share(source: Checkpoint) -> None:
+    plan = make_plan(source, Request("mp", 4, "fp8"))
+    parts = [part_of(plan, number, 4) for number in range(4)]
+    owned = [sum(step.out.nbytes for step in part.steps if step.owned) for part in parts]
+    largest = max(step.out.nbytes for step in plan.steps)
+    assert max(owned) - min(owned) <= largest
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda one: f"{one.layout}{one.gpus}")

@@ -64,6 +64,14 @@ def test_space_is_given_back(landing: Landing) -> None:
     assert found[: 5 * BLOCK] == data[: 5 * BLOCK] and found[60 * BLOCK :] == data[60 * BLOCK :]
 
 
+def test_the_last_block_is_given_back_too(tmp_path: Path) -> None:
+    landing = Landing(tmp_path / "file", SIZE + 1)
+    landing.write(0, os.urandom(SIZE + 1), [])
+    landing.free([(0, SIZE + 1)], [])
+    assert space(landing) == 0 and landing.path.stat().st_size == SIZE + 1
+    landing.close()
+
+
 class NoHoles:
     """A filesystem without holes to punch, as NFS before 4.2."""
 
