@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsv4_quant.catalogue import TensorSpec
+from dsv4_quant.checkpoint.folder import Folder
+from dsv4_quant.checkpoint.header import read_header
 from dsv4_quant.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, sums
+from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.requantised import Requantised, by_layer
 from dsv4_quant.checkpoint.sums import LISTS, HashKind
 from dsv4_quant.conversion.certificate import certificates
@@ -17,6 +20,15 @@ from dsv4_quant.conversion.journal import Workspace
 from dsv4_quant.conversion.plan import Plan
 from dsv4_quant.conversion.stream import Result
 from dsv4_quant.conversion.target import plan_key
+
+
+def written(plan: Plan, work: Workspace) -> Checkpoint:
+    """The output's weights, all there but not at their place yet, as a checkpoint to read."""
+    places = {file.name: work.locate(file.name) for file in plan.files}
+    folder = Folder(next(iter(places.values())).parent, plan.request.layout, plan.request.gpus)
+    folder.headers = {name: read_header(path) for name, path in places.items()}
+    folder.index = {tensor: file.name for file in plan.files for tensor in file.tensors}
+    return Checkpoint(folder, plan.source.config, plan.catalogue)
 
 
 def finish(

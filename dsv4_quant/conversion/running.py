@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from dsv4_quant.checkpoint.digesting import digest_tensors
 from dsv4_quant.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -15,13 +16,19 @@ from dsv4_quant.conversion.arriving import arriving, vouched
 from dsv4_quant.conversion.budget import Budget
 from dsv4_quant.conversion.casts import Casts, OnProcessor
 from dsv4_quant.conversion.files import sync_folder
-from dsv4_quant.conversion.finishing import finish
+from dsv4_quant.conversion.finishing import finish, written
 from dsv4_quant.conversion.journal import Resume, Workspace
 from dsv4_quant.conversion.moving import Mover, last_uses
 from dsv4_quant.conversion.notes import Journal, Notes
 from dsv4_quant.conversion.parts import journal_of, part_of
 from dsv4_quant.conversion.plan import Plan
-from dsv4_quant.conversion.source import Stamps, held_until_the_end, still_holds
+from dsv4_quant.conversion.source import (
+    Stamps,
+    affected,
+    held_until_the_end,
+    still_holds,
+    take_stamps,
+)
 from dsv4_quant.conversion.stream import Result, Stream
 from dsv4_quant.conversion.target import (
     check_empty,
@@ -195,11 +202,16 @@ class Run:
         if part.before is None:
             return True
         results, before = part.resume.results, part.before.stamps
+        now, done = self._stamps_after(before), part.plan.steps[: part.resume.steps]
+        # scales come before their codes; what they were made of was digested with the codes only
+        scales = {step.spec.name for step in done if step.out.is_scale} - results.keys()
+        if affected(self.plan.source, scales, before, now):
+            return False
         return still_holds(
             self.plan.source,
             {name: Result.from_json(result).read for name, result in results.items()},
             before,
-            self._stamps_after(before),
+            now,
             workers=self.limits.workers,
             progress=self.progress,
         ) and vouched(part.plan, self.work.folder, part.resume.steps)
@@ -291,6 +303,30 @@ class Run:
         sync_folder(self.work.out)
         return manifest
 
+    def _written_as_read(self, results: Mapping[str, Result]) -> bool:
+        """Whether weights whose files were touched meanwhile are, in the output, what was digested.
+
+        A weight's scales and codes are read at different times. If the source was another one in
+        between, the output's values are neither's.
+        """
+        source = self.plan.source
+        if source.arrivals is not None:
+            return True
+        freed = self.work.freed if self.work.freed_files else None
+        now = take_stamps(source.root, freed, self.stamps)
+        names = affected(source, results, self.stamps, now)
+        if not names:
+            return True
+        self.progress.stage("reading what was made of files that changed")
+        with written(self.plan, self.work) as output:
+            try:
+                found = digest_tensors(
+                    output, names, workers=self.limits.workers, progress=self.progress
+                )
+            except NotANumberError:
+                return False
+        return all(found[name] == results[name].digest for name in names)
+
     def _confirm_source(self, results: Mapping[str, Result]) -> None:
         """Raises SourceChangedError when not all was read from one and the same source."""
         digests = {name: result.read for name, result in results.items()}
@@ -301,7 +337,7 @@ class Run:
             freed=self.work.freed if self.work.freed_files else None,
             workers=self.limits.workers,
             progress=self.progress,
-        ):
+        ) and self._written_as_read(results):
             return
         withdraw(self.work, self.plan)
         self.work.discard()

@@ -8,7 +8,7 @@ that were read from it are digested again, and must be what they were.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,9 @@ def still_holds(
     progress: Progress,
 ) -> bool:
     """Whether the weights of these digests are still what they were when they were read."""
-    changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
     if source.arrivals is not None:
-        return not changed  # to fetch everything again is as good as to begin anew
-    names = [name for name in digests if changed and changed & _files_of(source, name)]
+        return not _changed(before, now)  # fetching everything again is as good as beginning anew
+    names = affected(source, digests, before, now)
     if not names:
         return True
     progress.stage("reading again what changed in the source")
@@ -67,6 +66,16 @@ def still_holds(
     except NotANumberError:
         return False
     return all(found[name] == digests[name] for name in names)
+
+
+def affected(source: Checkpoint, names: Iterable[str], before: Stamps, now: Stamps) -> list[str]:
+    """Those of the weights that have bytes in a file whose stamp has changed."""
+    changed = _changed(before, now)
+    return [name for name in names if changed and changed & _files_of(source, name)]
+
+
+def _changed(before: Stamps, now: Stamps) -> set[str]:
+    return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
 
 
 def _files_of(source: Checkpoint, name: str) -> set[str]:

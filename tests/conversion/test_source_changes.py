@@ -103,6 +103,60 @@ class TestBetweenTwoRuns:
         assert tree(tmp_path / "out") == before
 
 
+def other_scales(source: Path, path: Path) -> None:
+    """The shard with the experts, with other scales and the same codes."""
+    loose = read_file(source / FIRST)
+    for name, (dtype, shape, data) in loose.items():
+        if ".experts." in name and name.endswith(".scale"):
+            loose[name] = (dtype, shape, bytes(max(byte, 2) - 1 for byte in data))
+    write_file(path, loose)
+
+
+class TestScalesAndCodesAreReadAtDifferentTimes:
+    """In mp files all scales stand before the codes: a source may change in between."""
+
+    @pytest.fixture
+    def changed(self, source: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+        """The other shard, and what a conversion makes of a source that has it."""
+        whole = Path(shutil.copytree(source, tmp_path / "changed"))
+        other_scales(source, whole / FIRST)
+        assert (whole / FIRST).stat().st_size == (source / FIRST).stat().st_size
+        convert(whole, tmp_path / "fresh", REQUEST)
+        return whole / FIRST, tree(tmp_path / "fresh")
+
+    @pytest.mark.parametrize("cuts", [1, 2, 3, 4, 5])
+    def test_between_two_runs(
+        self,
+        cuts: int,
+        changed: tuple[Path, dict[str, str]],
+        crashes: Crashes,
+        copy: Path,
+        tmp_path: Path,
+    ) -> None:
+        killed(crashes, tmp_path / "out", copy, cuts)
+        overwrite(copy / FIRST, changed[0])
+        assert crashes.convert(tmp_path / "out", src=str(copy)).get("error") is None
+        assert tree(tmp_path / "out") == changed[1]
+
+    @pytest.mark.parametrize("part", [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7])
+    def test_while_it_runs(
+        self,
+        part: float,
+        changed: tuple[Path, dict[str, str]],
+        crashes: Crashes,
+        copy: Path,
+        tmp_path: Path,
+    ) -> None:
+        number = int(part * len(crashes.calls))
+        fault = crashes.at(number, "rewrite") | {"path": str(copy / FIRST), "by": str(changed[0])}
+        outcome = crashes.convert(tmp_path / "out", src=str(copy), fault=fault)
+        if "error" in outcome:
+            assert outcome["error"] == SourceChangedError.__name__
+            assert not (tmp_path / "out").exists()
+        else:
+            assert tree(tmp_path / "out") == changed[1]
+
+
 class TestMeanwhile:
     def fault(self, crashes: Crashes, part: float, action: str, **more: Any) -> dict[str, Any]:
         return {**crashes.at(int(part * len(crashes.calls)), action), **more}
