@@ -104,11 +104,12 @@ class TestBetweenTwoRuns:
 
 
 def other_scales(source: Path, path: Path) -> None:
-    """The shard with the experts, with other scales and the same codes."""
-    loose = read_file(source / FIRST)
+    """The shard with the experts; the last weight has other scales and the same codes."""
+    loose = read_file(source / SECOND)
     for name, (dtype, shape, data) in loose.items():
-        if ".experts." in name and name.endswith(".scale"):
+        if name.endswith("ffn.shared_experts.w3.scale"):
             loose[name] = (dtype, shape, bytes(max(byte, 2) - 1 for byte in data))
+    assert loose != read_file(source / SECOND)
     write_file(path, loose)
 
 
@@ -119,10 +120,10 @@ class TestScalesAndCodesAreReadAtDifferentTimes:
     def changed(self, source: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
         """The other shard, and what a conversion makes of a source that has it."""
         whole = Path(shutil.copytree(source, tmp_path / "changed"))
-        other_scales(source, whole / FIRST)
-        assert (whole / FIRST).stat().st_size == (source / FIRST).stat().st_size
+        other_scales(source, whole / SECOND)
+        assert (whole / SECOND).stat().st_size == (source / SECOND).stat().st_size
         convert(whole, tmp_path / "fresh", REQUEST)
-        return whole / FIRST, tree(tmp_path / "fresh")
+        return whole / SECOND, tree(tmp_path / "fresh")
 
     @pytest.mark.parametrize("cuts", [1, 2, 3, 4, 5])
     def test_between_two_runs(
@@ -134,7 +135,7 @@ class TestScalesAndCodesAreReadAtDifferentTimes:
         tmp_path: Path,
     ) -> None:
         killed(crashes, tmp_path / "out", copy, cuts)
-        overwrite(copy / FIRST, changed[0])
+        overwrite(copy / SECOND, changed[0])
         assert crashes.convert(tmp_path / "out", src=str(copy)).get("error") is None
         assert tree(tmp_path / "out") == changed[1]
 
@@ -148,7 +149,7 @@ class TestScalesAndCodesAreReadAtDifferentTimes:
         tmp_path: Path,
     ) -> None:
         number = int(part * len(crashes.calls))
-        fault = crashes.at(number, "rewrite") | {"path": str(copy / FIRST), "by": str(changed[0])}
+        fault = crashes.at(number, "rewrite") | {"path": str(copy / SECOND), "by": str(changed[0])}
         outcome = crashes.convert(tmp_path / "out", src=str(copy), fault=fault)
         if "error" in outcome:
             assert outcome["error"] == SourceChangedError.__name__
