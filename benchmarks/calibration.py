@@ -25,7 +25,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from dsv4_quant.formats import bf16
 from dsv4_quant.formats.blocks import BF16, FP4, Format, Tensor, fp8
 from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.ops import quantise_fp4, quantise_fp8
+from dsv4_quant.kernels.second_order_check_numba import wins
 from dsv4_quant.kernels.second_order_factor_numba import Factor, factor
 from dsv4_quant.kernels.second_order_numba import round_fp4, round_fp8
 from dsv4_quant.model import forward
@@ -128,8 +129,13 @@ def rounded(values: NDArray[np.float32], form: Format, rule: ScaleRule) -> Tenso
     return Tensor(form, values.shape, made.codes.numpy(), made.scales.numpy())
 
 
-def calibrated(values: NDArray[np.float32], plain: Tensor, made: Factor | None) -> Tensor:
-    """Under the scales of plain rounding."""
+def calibrated(
+    values: NDArray[np.float32],
+    plain: Tensor,
+    made: Factor | None,
+    held_out: NDArray[np.float32] | None,
+) -> Tensor:
+    """Under the scales of plain rounding; with held-out inputs, only where it wins there."""
     if made is None:
         return plain
     assert plain.scales is not None and plain.format.block is not None
@@ -138,7 +144,11 @@ def calibrated(values: NDArray[np.float32], plain: Tensor, made: Factor | None) 
         round_fp4(values, plain.scales, c, made, codes)
     else:
         round_fp8(values, plain.scales, (b, c), made, codes)
-    return Tensor(plain.format, plain.shape, codes, plain.scales)
+    moved = Tensor(plain.format, plain.shape, codes, plain.scales)
+    if held_out is None:
+        return moved
+    better = wins(held_out, values - plain.decode(), values - moved.decode())
+    return replace(moved, codes=np.where(better[:, None], codes, plain.codes))
 
 
 @dataclass(frozen=True)
@@ -190,6 +200,7 @@ class Bench:
                 self.values[name],
                 tensor,
                 by.factor(name) if a is None else factor(by.inputs(name), shrinkage=a),
+                by.held_out(name) if a is None else None,
             )
             for name, tensor in plain.items()
         }

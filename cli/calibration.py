@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from dsv4_quant.progress import Progress
 
 if TYPE_CHECKING:
     from dsv4_quant.calibration import Calibration
+    from dsv4_quant.conversion.summary import PlanSummary
+
+LEAST_MEMORY = 1 << 30
+"""Room for a few factors of V4-Pro's width beside the conversion; the forward pass is not in it."""
 
 Calibrate = Annotated[
     Path | None,
@@ -46,6 +51,22 @@ def check(request: Request, tokens: Path | None, *, move: bool, alone: bool) -> 
         raise UsageError("--calibrate works in one process")
 
 
+def check_plan(plan: PlanSummary, tokens: Path | None, max_memory: int) -> None:
+    """Raises UsageError, before a pass that may take hours, where it would be for nothing."""
+    if tokens is None:
+        return
+    if not plan.calibratable:
+        raise UsageError(
+            "--calibrate has nothing to choose: no expert would be rounded, or only FP4 ones, which"
+            " keep the scales and codes that FP8 can hold"
+        )
+    if max_memory < LEAST_MEMORY:
+        raise UsageError(
+            f"--max-memory {max_memory >> 20} MiB is too little to calibrate with",
+            hint=f"It needs at least {LEAST_MEMORY >> 20} MiB.",
+        )
+
+
 @contextmanager
 def factors(
     source: Path, tokens: Path | None, out: Path, progress: Progress
@@ -58,9 +79,9 @@ def factors(
     from dsv4_quant.checkpoint import Checkpoint
 
     prompts = read_tokens(tokens)
-    folder = out.parent / f".{out.name}.calibration"
+    folder = out.parent / f".{out.name}.calibration-{os.getpid()}"
     try:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_left(out)
         folder.mkdir(parents=True)
     except OSError as error:
         raise WriteError(f"No room for calibrating: {error.strerror}", file=folder) from None
@@ -70,3 +91,10 @@ def factors(
             yield found
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left(out: Path) -> None:
+    """What runs left that were killed: their process is gone."""
+    for left in out.parent.glob(f".{out.name}.calibration-*"):
+        if not Path(f"/proc/{left.name.rpartition('-')[2]}").exists():
+            shutil.rmtree(left, ignore_errors=True)

@@ -99,7 +99,7 @@ def run(
     calibrate: Path | None = None,
 ) -> None:
     """Plans or converts, and tells the result."""
-    report_page.check(request, page, fingerprint)
+    report_page.check(request, page, fingerprint, (src, out), json)
     calibration.check(request, calibrate, move=move, alone=here().size == 1)
     check_early(out, overwrite=overwrite)  # before the hub is asked
     with shown(quiet=quiet) as progress, opened_source(src, progress) as source:
@@ -108,12 +108,14 @@ def run(
                 "--calibrate needs all of SRC twice, and an id arrives once",
                 hint="Download it first, and give its folder.",
             )
-        if dry_run or calibrate is not None:  # before a pass that may take hours
+        if dry_run or calibrate is not None or page is not None:  # before work of hours
             plan = plan_conversion(
                 source.folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
                 arrivals=source.arrivals, device=device,
             )  # fmt: skip
+            report_page.check_plan(plan, page)
+            calibration.check_plan(plan, calibrate, max_memory)
         if not dry_run:
             with calibration.factors(source.folder, calibrate, out, progress) as factors:
                 report = convert(
@@ -122,12 +124,17 @@ def run(
                     arrivals=source.arrivals, progress=progress, team=here(), device=device,
                     factors=factors,
                 )  # fmt: skip
-        if page is not None and not dry_run and here().is_first:
-            report_page.write_page(report, src, page, fingerprint, progress)
+            judged = None
+            if fingerprint is not None and here().is_first:
+                judged = report_page.judge(report, fingerprint, progress)
     if dry_run:
         emit(describe_plan(plan), {**asdict(plan), "fits": plan.fits}, json_to=json, quiet=quiet)
         raise typer.Exit(0 if plan.fits else 1)
-    emit(describe(report), result(report), json_to=json, quiet=quiet)
+    told = [describe(report), *report_page.closeness_lines(judged)]
+    found = {**result(report), "closeness": None if judged is None else asdict(judged)}
+    emit("\n".join(told), found, json_to=json, quiet=quiet)
+    if page is not None and here().is_first:
+        report_page.write_page(report, src, page, judged)
 
 
 def describe_plan(plan: PlanSummary) -> str:

@@ -139,6 +139,8 @@ def make_request(
 ) -> Request:
     """The request that the options make; --gpus implies mp."""
     chosen = ScaleRule(rule.value)
+    if rule is not Rule.least_squares and not lossy:
+        raise UsageError("--scale-rule says how to round, and without --lossy nothing is rounded")
     if layout == "hf":
         if gpus is not None:
             raise UsageError("--gpus splits over GPUs, --layout hf does not: give one of them")

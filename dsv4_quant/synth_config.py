@@ -105,7 +105,7 @@ def synthetic_catalogue(
     _check_blocks(catalogue)
     if experts is None:  # also where the config says nothing, as the first revision's
         return catalogue, json.dumps(dict(cut.raw), indent=2, ensure_ascii=False).encode()
-    from dsv4_quant.conversion.configs import config_json  # here: it brings numba, half a second
+    from dsv4_quant.conversion.configs import config_json  # here: it brings kernels
 
     return catalogue, config_json(catalogue, "hf")
 

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant.catalogue import TensorSpec
-from dsv4_quant.checkpoint.panels import usable_cores
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.formats import bf16
 from dsv4_quant.kernels.second_order_factor_numba import Factor, factor
@@ -39,8 +38,14 @@ PARTS: tuple[Part, ...] = ("rows", "given", "hidden")
 Key = tuple[int, int, Part]
 """Layer, expert, and which of its inputs."""
 
-KEPT = 8
-"""Factors that are kept for the next panel of the same expert."""
+LEAST_KEPT = 2
+"""Factors that are kept for the next panel of the same expert, beside one for each thread."""
+
+
+def factor_bytes(inputs: int, columns: int) -> tuple[int, int]:
+    """What a factor takes, and what making it takes besides (``factor``)."""
+    m = min(inputs, columns)
+    return 8 * m * columns, 8 * (3 * inputs * columns + 2 * m * m)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,15 @@ class Reach:
     """Tokens per expert, all experts counted."""
 
 
-METHOD = "second order, shrunk moments, 1"
+LEAST_INPUTS = 32
+"""An expert with fewer inputs is rounded plainly: neither a factor nor a check could be trusted."""
+
+HELD_OUT = 4
+"""One in so many inputs, the last ones, is held out: moved codes must win there."""
+
+MOST_HELD_OUT = 256
+
+METHOD = "second order, shrunk moments, held-out check, 2"
 """Another number is for codes that differ from those before."""
 
 
@@ -100,17 +113,24 @@ class Calibration:
         self._tokens = np.array([token for prompt in prompts for token in prompt])
         self._lock = threading.Lock()
         self._factors: OrderedDict[Key, Future[Factor | None]] = OrderedDict()
+        self._makers, self._kept = threading.Semaphore(1), LEAST_KEPT
 
     @property
     def identity(self) -> str:
         """A hash of the prompts and the method: with the weights, all that codes depend on."""
         return hashlib.sha256(json.dumps([METHOD, self._prompts]).encode()).hexdigest()
 
-    @property
-    def memory(self) -> int:
-        """The most bytes that its factors take, those kept and those being made."""
+    def reserve(self, most: int, threads: int) -> int:
+        """Bytes that its factors will take, at most so many if that is enough for one.
+
+        As many factors are made at a time as there are threads, and memory for them.
+        """
         widest = max(spec.matrix[1] for spec in self._specs.values() if spec.expert is not None)
-        return (KEPT + 2 * usable_cores()) * 8 * MOST_INPUTS * min(widest, 2 * MOST_INPUTS)
+        longest = max((place.count for place in self._places.values()), default=0)
+        kept, made = factor_bytes(min(longest, MOST_INPUTS), widest)
+        makers = max(1, min(threads, (most - LEAST_KEPT * kept) // (made + kept)))
+        self._makers, self._kept = threading.Semaphore(makers), makers + LEAST_KEPT
+        return self._kept * kept + makers * made
 
     def describe(self) -> dict[str, Any]:
         """For a manifest: what was run, and how many experts it reached."""
@@ -161,14 +181,28 @@ class Calibration:
             if made is None:
                 made = self._factors[key] = Future()
             self._factors.move_to_end(key)
-            while len(self._factors) > KEPT:
+            while len(self._factors) > self._kept:
                 self._factors.popitem(last=False)
         if is_mine:
             try:
-                made.set_result(factor(self.inputs(name), self.tokens(name)))
+                with self._makers:
+                    made.set_result(self._made(name))
             except BaseException as error:  # for whoever waits; it is raised below
                 made.set_exception(error)
         return made.result()
+
+    def _made(self, name: str) -> Factor | None:
+        inputs, tokens = self.inputs(name), self.tokens(name)
+        if len(inputs) < LEAST_INPUTS:
+            return None
+        seen = len(inputs) - len(inputs) // HELD_OUT
+        return factor(inputs[:seen], tokens[:seen])
+
+    def held_out(self, name: str) -> NDArray[np.float32]:
+        """The inputs ``[n, C]`` that the factor of a weight has not seen."""
+        inputs = self.inputs(name)
+        found = inputs[len(inputs) - len(inputs) // HELD_OUT :]
+        return found[:: -(-len(found) // MOST_HELD_OUT)] if len(found) else found
 
     def reach(self) -> Reach:
         """How well the prompts covered the experts."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv4_quant.checkpoint.digest import leaf_rows
 from dsv4_quant.conversion.casts import Casts
 from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.requantise import Rounded
@@ -30,13 +31,16 @@ Doubles = NDArray[np.float64]
 class Factors(Protocol):
     """What calibration gives a conversion."""
 
-    @property
-    def memory(self) -> int:
-        """Bytes that it may hold while a conversion runs."""
+    def reserve(self, most: int, threads: int) -> int:
+        """Bytes that it will hold while a conversion runs; about ``most``, if that will do."""
         ...
 
     def factor(self, name: str) -> Factor | None:
         """For the rows of that weight; None where they are to be rounded plainly."""
+        ...
+
+    def held_out(self, name: str) -> NDArray[np.float32]:
+        """Inputs ``[n, C]`` that the factor has not seen."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -64,18 +68,23 @@ class Calibrated:
         """See Casts."""
         rounded = self.plain.requantise(panel, rule)
         factor = self.factors.factor(panel.name)
-        return rounded if factor is None else calibrated(panel, rounded, factor)
+        if factor is None:
+            return rounded
+        return calibrated(panel, rounded, factor, self.factors.held_out(panel.name))
 
     def rounded_scales(self, panel: Panel, rule: ScaleRule) -> NDArray[Any]:
         """See Casts."""
         return self.plain.rounded_scales(panel, rule)
 
 
-def calibrated(panel: Panel, plain: Rounded, factor: Factor) -> Rounded:
-    """The same rows, rounded for their inputs; and what that cost each weight.
+def calibrated(
+    panel: Panel, plain: Rounded, factor: Factor, held_out: NDArray[np.float32]
+) -> Rounded:
+    """The same rows, rounded for their inputs where held-out inputs say that it is better.
 
     A tile that FP4 gives FP8 exactly stays as it is, so FP4 weights keep their plain rounding.
     """
+    from dsv4_quant.kernels.second_order_check_numba import UNIT, wins
     from dsv4_quant.kernels.second_order_numba import round_fp4, round_fp8
 
     after = panel.after
@@ -89,8 +98,14 @@ def calibrated(panel: Panel, plain: Rounded, factor: Factor) -> Rounded:
     else:
         status = round_fp8(values, scales, after.block, factor, codes)
     assert not status, "plain rounding has refused what is not finite"
-    made = replace(plain.tensor, codes=codes)
-    return Rounded(made, _measured(values, made, plain.figures))
+    moved = replace(plain.tensor, codes=codes)
+    unit = min(UNIT, leaf_rows(values.shape[1]))  # panels are made of these, whatever their size
+    errors = (values - plain.tensor.decode(), values - moved.decode())
+    better = wins(held_out, *errors, unit)
+    if not better.any():
+        return plain
+    made = replace(moved, codes=np.where(better[:, None], codes, plain.tensor.codes))
+    return Rounded(made, _measured(values, made, plain.figures), int(better.sum()))
 
 
 def _measured(values: NDArray[np.float32], made: Tensor, plain: Figures) -> Figures:

@@ -106,4 +106,9 @@ def _requantised(plan: Plan, results: Mapping[str, Result]) -> Requantised | Non
         return None
     costs = {name: result.cost for name, result in results.items() if result.cost is not None}
     layers = by_layer(plan.catalogue.specs.values(), costs)
-    return Requantised(plan.request.rule.value, costs, layers, plan.request.calibration)
+    calibration = None
+    if plan.request.calibration is not None:
+        moved = [result.moved for result in results.values() if result.moved]
+        took = {"weights_moved": len(moved), "rows_moved": sum(moved)}
+        calibration = {**plan.request.calibration, **took}
+    return Requantised(plan.request.rule.value, costs, layers, calibration)

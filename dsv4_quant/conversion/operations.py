@@ -219,10 +219,17 @@ def _not_exact(panel: Panel, row: int, col: int, why: str) -> NoReturn:
 
 def _way_out(panel: Panel) -> str:
     """What keeps every value of a weight that its new format cannot hold."""
-    if panel.name.endswith("attn.wo_a.weight"):
+    if panel.name.endswith("attn.wo_a.weight") and panel.after.kind == "bf16":
         return "The mp layout holds wo_a in BF16; --layout hf keeps it as it is."
+    if panel.name.endswith("attn.wo_a.weight"):
+        return (
+            "The mp layout holds it in BF16, and these values were never FP8: `dsv4-quant convert`"
+            " with --layout hf --lossy rounds them, with --dense bf16 decodes the others."
+        )
     if panel.after.kind == "bf16":
         return "Leave its format as it is: --experts keep, and no --dense bf16."
+    if ".experts." not in panel.name:
+        return "--dense keep leaves it as it is; --lossy rounds and tells what that costs."
     return (
         "--experts keep leaves the codes as they are, --experts bf16 decodes them; --lossy rounds"
         " and tells what that costs."

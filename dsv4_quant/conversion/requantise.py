@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant.conversion.operations import Panel, refuse_nan
+from dsv4_quant.errors import NotANumberError
 from dsv4_quant.formats import e8m0
 from dsv4_quant.formats.blocks import Tensor
 from dsv4_quant.formats.rules import ScaleRule
@@ -31,6 +32,9 @@ from dsv4_quant.kernels.quantise_fp8_numba import quantise_fp8
 
 Array = NDArray[Any]
 
+LARGE_SCALE = {"fp4": 126 + e8m0.BIAS, "fp8": 120 + e8m0.BIAS}
+"""From these scale bytes on a code can stand for 2**128: FP4's 4 and 6, FP8's 256 to 448."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
@@ -38,6 +42,8 @@ class Rounded:
 
     tensor: Tensor
     figures: Figures
+    moved: int = 0
+    """Rows that took other codes than the nearest (``calibrated``)."""
 
 
 def requantise(panel: Panel, rule: ScaleRule) -> Rounded:
@@ -59,7 +65,25 @@ def requantise(panel: Panel, rule: ScaleRule) -> Rounded:
         _keep_exact_tiles(panel, codes, scales)
         figures.scales[:] = np.bincount(scales.reshape(-1), minlength=256)
     held = e8m0.VALUES[scales] if after.scale == "f32" else scales
-    return Rounded(Tensor(after, (rows, cols), codes, held), figures)
+    made = Tensor(after, (rows, cols), codes, held)
+    _check_range(panel, made, scales)
+    return Rounded(made, figures)
+
+
+def _check_range(panel: Panel, made: Tensor, scales: Array) -> None:
+    """Refuses what rounds to 2**128: no float32 or BF16 reader could hold it."""
+    limit = LARGE_SCALE["fp4" if made.format.kind == "fp4" else "fp8"]
+    if scales.max(initial=0) < limit:
+        return
+    beyond = np.argwhere(~np.isfinite(made.decode()))
+    if len(beyond):
+        row, col = map(int, beyond[0])
+        raise NotANumberError(
+            f"The value at row {panel.first_row + row}, column {col} rounds to 2**128 or more,"
+            " which float32 and BF16 cannot hold",
+            tensor=panel.name,
+            hint="No weight of this model is as large: the file is damaged.",
+        )
 
 
 def rounded_scales(panel: Panel, rule: ScaleRule) -> Array:

@@ -18,6 +18,7 @@ from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint.manifest import (
     Manifest,
 )
+from dsv4_quant.checkpoint.panels import usable_cores
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.budget import budget
 from dsv4_quant.conversion.casts import Casts
@@ -109,10 +110,11 @@ def convert(
         plan = make_plan(source, request)
         team.agree(lambda: same_plan(plan), "checkpoint, or other options")
         sharing = team.sharing if team.size > 1 else None
+        threads = workers or usable_cores(sharing or 1)
         limits = budget(
             plan,
             workers=workers,
-            max_memory=max_memory - (factors.memory if factors is not None else 0),
+            max_memory=max_memory - (factors.reserve(max_memory // 2, threads) if factors else 0),
             sharing=sharing,
             device=device,
         )

@@ -59,16 +59,19 @@ class Result:
     proof: Proof
     cost: Cost | None = None
     """Of rounding, where that was allowed."""
+    moved: int = 0
+    """Rows that calibration gave other codes than the nearest."""
 
     def to_json(self) -> list[Any]:
         """For the journal."""
-        return [self.read, self.digest, self.proof.to_json(), self.cost and self.cost.to_json()]
+        cost = self.cost and self.cost.to_json()
+        return [self.read, self.digest, self.proof.to_json(), cost, self.moved]
 
     @classmethod
     def from_json(cls, value: Any) -> Result:
         """The inverse of to_json."""
-        read, digest, proof, cost = value
-        return cls(read, digest, Proof.from_json(proof), cost and Cost.from_json(cost))
+        read, digest, proof, cost, moved = value
+        return cls(read, digest, Proof.from_json(proof), cost and Cost.from_json(cost), moved)
 
 
 @dataclass(slots=True)
@@ -81,6 +84,8 @@ class _OpenWeight:
     proof: Proof = field(default_factory=Proof)
     figures: dict[int, Figures] = field(default_factory=dict)
     """By first row, where values may be rounded."""
+    moved: dict[int, int] = field(default_factory=dict)
+    """By first row likewise: how many rows calibration moved."""
 
 
 class Stream:
@@ -266,6 +271,7 @@ class Stream:
         """Codes of the rows in their new format; what that costs is kept until the last bite."""
         rounded = casts.requantise(panel, self._plan.request.rule)
         weight.figures[panel.first_row] = rounded.figures
+        weight.moved[panel.first_row] = rounded.moved
         for leaf in hasher.leaves(panel.name, rounded.tensor, panel.first_row):
             weight.written.add(*leaf)
         return rounded.tensor.codes
@@ -283,7 +289,8 @@ class Stream:
                     raise not_as_stated(self._plan.source, name)
                 written = weight.written.hexdigest() if step.lossy else read
                 cost = _cost(weight.figures) if step.lossy else None
-                self.results[name] = Result(read, written, weight.proof, cost)
+                moved = sum(weight.moved.values())
+                self.results[name] = Result(read, written, weight.proof, cost, moved)
                 del self._open[index]
 
     def _scales(self, step: Step, bite: Bite, casts: Casts) -> tuple[NDArray[Any], int]:

@@ -45,6 +45,10 @@ class PlanSummary:
     operations: dict[str, int]
     """Weights per operation."""
     exactness: dict[str, str]
+    rounded: int
+    """Weights whose values may change."""
+    calibratable: int
+    """Those of them that are experts and not FP4, so that calibration can choose their codes."""
     workers: int
     peak_memory: int
     disk_needed: int
@@ -85,6 +89,7 @@ def plan_conversion(
 def _summary(plan: Plan, workers: int, peak: int, needed: int, free: int) -> PlanSummary:
     formats = plan.catalogue.formats
     operations: Counter[str] = plan.operations
+    rounded = [step.spec for step in plan.steps if step.lossy and not step.out.is_scale]
     lossy = {step.operation for step in plan.steps if step.lossy}
     return PlanSummary(
         layout=plan.request.layout,
@@ -98,6 +103,8 @@ def _summary(plan: Plan, workers: int, peak: int, needed: int, free: int) -> Pla
         bytes=plan.bytes,
         operations=dict(operations.most_common()),
         exactness={name: ROUNDED if name in lossy else EXACTNESS[name] for name in operations},
+        rounded=len(rounded),
+        calibratable=sum(spec.expert is not None and spec.format.kind != "fp4" for spec in rounded),
         workers=workers,
         peak_memory=peak,
         disk_needed=needed,

@@ -142,7 +142,7 @@ def plan_key(plan: Plan) -> dict[str, Any]:
         },
         "sums": plan.request.sums,
         "rule": plan.request.rule.value if plan.is_lossy else None,
-        "calibration": plan.request.calibration if plan.is_lossy else None,
+        "calibration": _identity(plan.request.calibration) if plan.is_lossy else None,
     }
 
 
@@ -150,6 +150,10 @@ def same_plan(plan: Plan) -> str:
     """What processes must agree on before they share a plan."""
     options = plan.request.lossy, plan.request.rule.value
     return json.dumps([plan_key(plan), str(options), [file.size for file in plan.files]])
+
+
+def _identity(calibration: Mapping[str, Any] | None) -> Any:
+    return calibration and calibration["identity"]
 
 
 def _key_of(manifest: Manifest) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def _key_of(manifest: Manifest) -> dict[str, Any]:
         "formats": dict(manifest.formats),
         "sums": manifest.hash_kind,
         "rule": None if manifest.requantised is None else manifest.requantised.rule,
-        "calibration": manifest.requantised and manifest.requantised.calibration,
+        "calibration": manifest.requantised and _identity(manifest.requantised.calibration),
     }
 
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dsv4_quant.calibration import Calibration, collect
 from dsv4_quant.calibration import inputs as inputs_module
@@ -160,6 +161,7 @@ def test_a_factor_is_made_once(made: Calibration, monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace()
 
     monkeypatch.setattr(inputs_module, "factor", stand_in)
+    monkeypatch.setattr(inputs_module, "LEAST_INPUTS", 0)
     fresh = Calibration(made._folder, made._specs, made._places, made._prompts)
     names = [weight(1, 0, w) for w in ("w1", "w3", "w2")] * 20
     with ThreadPoolExecutor(8) as pool:
@@ -222,3 +224,16 @@ def test_progress_is_told(source: MemorySource, tmp_path: Path) -> None:
 
     collect(source, [[1, 2]], tmp_path, progress=Told())
     assert sum(Told.counts) == LAYERS + 1
+
+
+def test_a_few_inputs_are_not_believed(made: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as a factor's, nor as its judge; and the judge's are never the factor's."""
+    name = weight(1, 0, "w1")
+    inputs = made.inputs(name)
+    assert 4 <= len(inputs) < inputs_module.LEAST_INPUTS and made.factor(name) is None
+    seen: list[NDArray[np.float32]] = []
+    monkeypatch.setattr(inputs_module, "factor", lambda x, ids: seen.append(x))
+    monkeypatch.setattr(inputs_module, "LEAST_INPUTS", len(inputs))
+    Calibration(made._folder, made._specs, made._places, made._prompts).factor(name)
+    held = made.held_out(name)
+    assert np.array_equal(np.concatenate([seen[0], held]), inputs) and len(held) == len(inputs) // 4

@@ -41,6 +41,9 @@ def test_what_it_cost_is_told_and_shown(recorded: Path, tmp_path: Path) -> None:
     again = run("convert", BASE, tmp_path / "out", *LOSSY, "--report", tmp_path / "again.html",
                 "--fingerprint", recorded / "base.json")  # fmt: skip
     assert again.exit_code == 0 and "requantised 144 weights" in plain(again.stdout)
+    assert "answers gate lossy" in plain(again.stdout)
+    told = json.loads((tmp_path / "j.json").read_text())["closeness"]
+    assert told["gate"] == "lossy" and told["kl"] > 0
 
 
 def test_the_published_rule_is_worse(tmp_path: Path) -> None:
@@ -58,6 +61,8 @@ def test_calibrated(recorded: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     held = json.loads((tmp_path / "out" / "dsv4-manifest.json").read_text())["requantised"]
     assert held["calibration"]["tokens"] == 23 and held["calibration"]["experts"] == 48
+    assert held["calibration"]["weights_moved"] == 0  # so few tokens are not believed
+    assert "calibrated 0 of 144 weights" in plain(done.stdout)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "page.html"}
     assert run("verify", tmp_path / "out", "--quiet").exit_code == 0
 
@@ -78,6 +83,12 @@ def test_options_that_do_not_go_together(recorded: Path, tmp_path: Path) -> None
         ([*LOSSY, "--calibrate", prompts, "--move"], "--calibrate and --move"),
         ([*LOSSY, "--report", tmp_path / "no" / "p.html"], "cannot be written"),
         ([*LOSSY, "--calibrate", recorded / "base.json"], "These are no prompts"),
+        ([*LOSSY, "--report", BASE / "config.json"], "into a checkpoint's folder"),
+        ([*LOSSY, "--report", prompts], "replace a file that is no page"),
+        ([*LOSSY, "--report", tmp_path / "a", "--json", tmp_path / "a"], "name the same file"),
+        ([*hf, "--lossy", "--report", tmp_path / "p.html"], "nothing to report"),
+        ([*hf, "--scale-rule", "max"], "--scale-rule says how to round"),
+        ([*LOSSY, "--calibrate", prompts, "--max-memory", "512MiB"], "too little to calibrate"),
     ]:
         done = run("convert", BASE, out, *arguments)
         assert done.exit_code == 2 and words in plain(done.stderr), done.stderr
@@ -88,3 +99,19 @@ def test_without_lossy_it_is_refused_and_the_way_is_named(tmp_path: Path) -> Non
     done = run("convert", BASE, tmp_path / "out", "--layout", "hf", "--experts", "fp4")
     assert done.exit_code == 1 or done.exit_code == 2
     assert "--lossy rounds and tells what that costs" in plain(done.stderr)
+
+
+def test_a_fingerprint_of_other_weights_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    run("convert", golden("tiny-fp4"), source, "--layout", "hf", "--quiet")
+    run("fingerprint", source, "--output", tmp_path / "other.json", "--quiet")
+    done = run("convert", BASE, tmp_path / "out", *LOSSY, "--report", tmp_path / "p.html",
+               "--fingerprint", tmp_path / "other.json")  # fmt: skip
+    assert done.exit_code == 2 and "of other weights" in plain(done.stderr)
+    assert (tmp_path / "out" / "SHA256SUMS").exists() and not (tmp_path / "p.html").exists()
+
+
+def test_fp4_experts_leave_nothing_to_calibrate(recorded: Path, tmp_path: Path) -> None:
+    done = run("convert", golden("tiny-fp4"), tmp_path / "out", "--layout", "hf", "--experts",
+               "fp8", "--lossy", "--calibrate", recorded / "prompts.json")  # fmt: skip
+    assert done.exit_code == 2 and "nothing to choose" in plain(done.stderr)

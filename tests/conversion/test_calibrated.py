@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dsv4_quant.checkpoint.manifest import read_manifest
 from dsv4_quant.checkpoint.reader import Checkpoint
@@ -31,14 +32,21 @@ REQUEST = Request("mp", 2, "fp4", lossy=True)
 class Inputs:
     """Strongly correlated ones for every expert but one, which no prompt reached."""
 
-    memory = 1 << 20
+    def reserve(self, most: int, threads: int) -> int:
+        return 1 << 20
+
+    def held_out(self, name: str) -> NDArray[np.float32]:
+        return self.inputs(name)[64:]
+
+    def inputs(self, name: str) -> NDArray[np.float32]:
+        rng = np.random.default_rng(len(name))
+        few = rng.standard_normal((96, 8)) @ rng.standard_normal((8, 128))
+        return (few + 0.05 * rng.standard_normal((96, 128))).astype(np.float32)
 
     def factor(self, name: str) -> Factor | None:
         if ".experts." not in name or ".experts.1.w2" in name:
             return None
-        rng = np.random.default_rng(len(name))
-        few = rng.standard_normal((64, 8)) @ rng.standard_normal((8, 128))
-        return factor((few + 0.05 * rng.standard_normal((64, 128))).astype(np.float32))
+        return factor(self.inputs(name)[:64])
 
     def describe(self) -> dict[str, Any]:
         return {"identity": "a test's", "tokens": 64}
@@ -77,7 +85,9 @@ def test_codes_move_scales_stay_and_the_cost_is_what_it_is(
     convert(sources["bf16"], tmp_path / "plain", REQUEST)
     report = convert(sources["bf16"], tmp_path / "out", REQUEST, factors=Inputs())
     told = report.manifest.requantised
-    assert told is not None and told.calibration == Inputs().describe()
+    assert told is not None and told.calibration is not None
+    assert told.calibration.items() >= Inputs().describe().items()
+    assert told.calibration["weights_moved"] == 5 and told.calibration["rows_moved"] > 300
     assert read_manifest(tmp_path / "out" / "dsv4-manifest.json").requantised is not None
     moved = 0
     with (
@@ -130,3 +140,23 @@ def test_another_calibration_is_another_conversion(
     assert again.resumed_bytes == again.bytes
     with pytest.raises(UsageError, match="not empty"):
         convert(sources["bf16"], tmp_path / "out", REQUEST)
+
+
+class Misled(Inputs):
+    """What is held out is nothing like what the factor has seen."""
+
+    def held_out(self, name: str) -> NDArray[np.float32]:
+        return np.random.default_rng(1).standard_normal((200, 128)).astype(np.float32)
+
+
+def test_codes_move_only_where_held_out_inputs_say_so(
+    sources: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    convert(sources["bf16"], tmp_path / "plain", REQUEST)
+    report = convert(sources["bf16"], tmp_path / "out", REQUEST, factors=Misled())
+    told = report.manifest.requantised
+    assert told is not None and told.calibration is not None
+    assert told.calibration["weights_moved"] == told.calibration["rows_moved"] == 0
+    plain, out = tree(tmp_path / "plain"), tree(tmp_path / "out")
+    assert all(plain[name] == out[name] for name in plain if name.endswith(".safetensors"))
