@@ -14,7 +14,7 @@ from pathlib import Path
 from dsv4_quant.cli.reading import describe_reading
 from dsv4_quant.cli.tables import duration, size, table
 from dsv4_quant.validators.junit import to_junit
-from dsv4_quant.validators.report import Finding, Report
+from dsv4_quant.validators.report import Finding, Report, Rounded
 
 SHOWN = 10
 """Findings of one kind that are printed; GitHub, too, shows ten annotations of a step."""
@@ -36,6 +36,8 @@ def describe(report: Report) -> str:
     parts = [_verdict(report)]
     if report.digest is not None:
         parts[0] += f"\nvalue digest {report.digest}"
+    if report.rounded is not None and report.rounded.as_declared:
+        parts[0] += f"\n{_rounded(report.rounded)}"
     if report.forward is not None:
         parts += ["\n".join(_filled(f"forward: {report.forward}", 0))]
     if report.reading is not None:
@@ -67,6 +69,14 @@ def _verdict(report: Report) -> str:
         f"{word}: {said or 'nothing found'}; level {report.level}, {weights:,} weights,"
         f" {size(read)} read in {_seconds(report.seconds)}"
     )
+
+
+def _rounded(rounded: Rounded) -> str:
+    count = f"{rounded.as_declared:,}"
+    if rounded.as_declared != rounded.declared:
+        count += f" of {rounded.declared:,}"
+    sqnr = "" if rounded.sqnr is None else f", SQNR {rounded.sqnr:.2f} dB as the manifest states it"
+    return f"rounded as declared: {count} weights{sqnr}"
 
 
 def _seconds(seconds: float) -> str:

@@ -53,7 +53,8 @@ def command(
         typer.Option(
             "--against",
             metavar="SRC",
-            help="A folder or id, in any layout and format, that must hold the same values.",
+            help="A folder or id, in any layout and format, that must hold the same values; or,"
+            " of weights that were requantised, those that the manifest says they were made of.",
         ),
     ] = None,
     fingerprint: Annotated[
@@ -69,7 +70,8 @@ def command(
         typer.Option(
             "--gate",
             help="bit: equal bits. numeric: equal but for rounding. lossy: requantised weights."
-            "  [default: the strictest that this machine and the fingerprint's allow]",
+            "  [default: the strictest that this machine and the fingerprint's allow; lossy where"
+            " the manifest says that weights were rounded from what the fingerprint is of]",
         ),
     ] = None,
     junit: Annotated[
@@ -89,11 +91,15 @@ def command(
     end with exit code 1; warnings are worth a look and do not. On GitHub Actions the findings are
     annotations, too.
 
+    Of weights that `convert --lossy` rounded, --against compares the source's value digest with the
+    one in the manifest, and measures the error that the manifest states.
+
     \b
     Examples:
       dsv4-quant verify DeepSeek-V4-Flash --level structure
       dsv4-quant verify flash-fp8-mp8 --junit report.xml
       dsv4-quant verify flash-fp8-mp8 --against DeepSeek-V4-Flash
+      dsv4-quant verify base-fp4 --against DeepSeek-V4-Flash-Base
       dsv4-quant verify flash-fp8-mp8 --fingerprint flash.json
     """
     if gate is not None and fingerprint is None:

@@ -14,6 +14,7 @@ from dsv4_quant.checkpoint.sums import LISTS, HashKind
 from dsv4_quant.errors import ManifestError, UnreadableError, some
 from dsv4_quant.strict_json import clip
 from dsv4_quant.validators.report import Finding, error, warning
+from dsv4_quant.validators.requantised import judge_requantised
 from dsv4_quant.validators.subject import Subject
 
 MAX_LIST_BYTES = 16 << 20
@@ -73,6 +74,7 @@ def read_claims(subject: Subject, published: Mapping[str, str]) -> tuple[Claims,
         if held := lists.get(claims.manifest.hash_kind):
             findings += _contradictions(claims.manifest, held)
         findings += _judge_manifest(subject, claims.manifest)
+        findings += judge_requantised(claims.manifest, subject.catalogue)
     for kind, hashes in lists.items():
         for file, hash in hashes.items():
             claims.add(file, LISTS[kind], kind, hash)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv4_quant.checkpoint import Checkpoint
+from dsv4_quant.checkpoint.digest import model_digest
+from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from dsv4_quant.errors import (
     Dsv4Error,
     NotANumberError,
@@ -17,7 +19,6 @@ from dsv4_quant.errors import (
 from dsv4_quant.fingerprints.compare import Comparison, compare
 from dsv4_quant.fingerprints.document import Fingerprint, Measured, describe_model
 from dsv4_quant.fingerprints.gates import Gate, choose_gate
-from dsv4_quant.fingerprints.make import known_digest
 from dsv4_quant.fingerprints.parse import read_fingerprint
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Script
@@ -72,7 +73,8 @@ def check_fingerprint(
 
     Args:
         ckpt: in any layout, format and GPU count.
-        gate: the one to apply; if not given, the strictest that the two machines allow.
+        gate: the one to apply; if not given, lossy where the manifest says that weights were
+            rounded from what the fingerprint is of, else the strictest that both machines allow.
         threads: of a process, for the pass; they change no bit.
         team: the processes that share the prompts.
 
@@ -93,10 +95,13 @@ def check_fingerprint(
         found = error(CHECK, stopped.what, meaning, tensor=stopped.tensor)
         return Verdict(None, "the pass was stopped", None, (*findings, found))
     assert fresh.fingerprint.measured is not None
+    manifest = _manifest(ckpt.root)
     chosen, why = choose_gate(recorded, fresh.fingerprint.measured, gate)
+    if gate is None and measured is not None and (rounded := _is_of_source(measured, manifest)):
+        chosen, why = "lossy", rounded
     comparison = compare(recorded, fresh)
-    if measured is not None:
-        findings += _digest_findings(measured, ckpt, chosen)
+    if measured is not None and manifest is not None:
+        findings += _digest_findings(measured, manifest, chosen)
     findings += findings_of(ckpt, comparison, chosen, why, fresh)
     used = _used(ckpt, fresh.fingerprint.measured, script)
     return Verdict(chosen, why, comparison, tuple(findings), used, fresh.reading)
@@ -140,12 +145,34 @@ def _used(ckpt: Checkpoint, measured: Measured, script: Script) -> int:
     )
 
 
-def _digest_findings(measured: Measured, ckpt: Checkpoint, gate: Gate) -> list[Finding]:
+def _manifest(root: Path) -> Manifest | None:
     try:
-        here = known_digest(ckpt.root)
-    except Dsv4Error:  # the level "checksums" tells what is wrong with the manifest
-        return []
-    if gate == "lossy" or None in (here, measured.value_digest) or here == measured.value_digest:
+        return read_manifest(root / MANIFEST) if (root / MANIFEST).exists() else None
+    except Dsv4Error:  # the level "checksums" tells what is wrong with it
+        return None
+
+
+def _is_of_source(measured: Measured, manifest: Manifest | None) -> str | None:
+    """Why the pass cannot be equal: the weights were rounded after the fingerprint was recorded.
+
+    None for a fingerprint of the rounded weights themselves, or of anything else.
+    """
+    if manifest is None or manifest.requantised is None:
+        return None
+    records = manifest.tensors
+    count = sum(record.source is not None for record in records.values())
+    if not count:
+        return None
+    said = f"by the manifest {count:,} weights were rounded"
+    if measured.value_digest is None:
+        return f"{said}, and the fingerprint does not say of which values it is"
+    source = model_digest({name: one.source or one.digest for name, one in records.items()})
+    return f"{said}, from those of the fingerprint" if measured.value_digest == source else None
+
+
+def _digest_findings(measured: Measured, manifest: Manifest, gate: Gate) -> list[Finding]:
+    here = manifest.value_digest
+    if gate == "lossy" or measured.value_digest in (None, here):
         return []
     return [
         warning(

@@ -138,6 +138,23 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Rounded:
+    """Weights that a lossy conversion changed, next to a checkpoint that may be its source."""
+
+    as_declared: int
+    """How many are made of the other's values, with the error that the manifest states."""
+    declared: int
+    """How many the manifest says were changed."""
+    sqnr: float | None
+    """Of all requantised weights, as the manifest states it, in dB; None if it states no error."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON's own types."""
+        sqnr = None if self.sqnr is None else round(self.sqnr, 4)
+        return {"as_declared": self.as_declared, "declared": self.declared, "sqnr_db": sqnr}
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The whole verdict. ``findings`` are sorted; ``digest`` is there when every weight has one."""
 
@@ -151,6 +168,8 @@ class Report:
     """The gate of the level ``forward``, why it applied, and its figures, in a line."""
     reading: Reading | None = None
     """What the level ``forward`` read, and how long it waited for that."""
+    rounded: Rounded | None = None
+    """Next to another checkpoint, of one whose manifest says what was requantised."""
 
     @property
     def errors(self) -> int:
@@ -178,6 +197,7 @@ class Report:
             "value_digest": self.digest,
             "forward": self.forward,
             "reading": None if self.reading is None else self.reading.to_json(),
+            "rounded": None if self.rounded is None else self.rounded.to_json(),
             "seconds": round(self.seconds, 3),
             "checks": [asdict(check) | {"seconds": round(check.seconds, 3)}
                        for check in self.checks],

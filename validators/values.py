@@ -9,17 +9,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.checkpoint.digest import LeafHasher
-from dsv4_quant.checkpoint.manifest import MANIFEST
+from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges
 from dsv4_quant.errors import SourceChangedError
 from dsv4_quant.validators.numbers import judge_expert_ids, judge_weight
 from dsv4_quant.validators.report import Check, Finding, error, warning
+from dsv4_quant.validators.rounding import Measured, judge_cost, judge_source
 from dsv4_quant.validators.subject import Subject
 from dsv4_quant.validators.weight import Advance, Panel, Weight, compare_panel, judge_panel
 
@@ -34,6 +35,8 @@ class Found:
     their_digests: dict[str, str] = field(default_factory=dict)
     differences: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Weight -> its file, and how it differs from the other checkpoint's."""
+    measured: dict[str, Measured] = field(default_factory=dict)
+    """Of every weight that the manifest says was requantised, by name."""
     blank: set[str] = field(default_factory=set)
     seconds: float = 0.0
     their_seconds: float = 0.0
@@ -47,6 +50,7 @@ class Found:
         self.digests |= other.digests
         self.their_digests |= other.their_digests
         self.differences |= other.differences
+        self.measured |= other.measured
         self.blank |= other.blank
         self.seconds += other.seconds
         self.their_seconds += other.their_seconds
@@ -56,13 +60,26 @@ class Found:
 
 
 class ValuesPass:
-    """Judges the sound weights of a subject, next to another checkpoint if there is one."""
+    """Judges the sound weights of a subject, next to another checkpoint if there is one.
+
+    ``manifest``: the subject's, if it has one; it says which weights were rounded.
+    """
 
     def __init__(
-        self, subject: Subject, checkpoint: Checkpoint, other: Checkpoint | None, advance: Advance
+        self,
+        subject: Subject,
+        checkpoint: Checkpoint,
+        other: Checkpoint | None,
+        manifest: Manifest | None,
+        advance: Advance,
     ) -> None:
         self.found = Found()
+        self.rounded: set[str] = set()
+        """Weights that were rounded, and as the manifest declares; known when all is concluded."""
         self._subject, self._checkpoint, self._other = subject, checkpoint, other
+        self._records = {} if manifest is None else manifest.tensors
+        section = None if manifest is None else manifest.requantised
+        self._costs = {} if section is None else section.tensors
         self._advance = advance
         self._lock = threading.Lock()
         self._chosen = dict(subject.sound)
@@ -103,12 +120,19 @@ class ValuesPass:
             theirs = (self._other.specs[spec.name].format,) if is_compared and self._other else ()
             ranges = list(row_ranges(spec.matrix[0], panel_rows(spec, theirs)))
             weight = Weight(spec, file, len(ranges), is_compared=is_compared)
+            if is_compared and all(form.kind != "i64" for form in (spec.format, *theirs)):
+                weight.is_rounded = self._is_rounded(spec.name)
+                is_measured = weight.is_rounded or spec.name in self._costs
+                weight.measured = Measured() if is_measured else None
             for start, stop in ranges:
                 yield Panel(weight, start, stop)
 
     def _is_compared(self, spec: TensorSpec) -> bool:
         theirs = None if self._other is None else self._other.specs.get(spec.name)
         return theirs is not None and theirs.shape == spec.shape
+
+    def _is_rounded(self, name: str) -> bool:
+        return name in self._records and self._records[name].source is not None
 
     def work(self, panel: Panel, hasher: LeafHasher) -> None:
         """One panel; called from any thread, each with a hasher of its own."""
@@ -168,10 +192,13 @@ class ValuesPass:
             found.compared += weight.is_compared and not weight.unread
             if weight.difference.count:
                 found.differences[spec.name] = file, weight.difference.shown()
+            if weight.measured is not None and not weight.unread:
+                found.measured[spec.name] = weight.measured
 
-    def conclude(self, recorded: Mapping[str, str]) -> tuple[list[Finding], list[Check]]:
-        """What can be said when all is done. ``recorded``: the manifest's digests, by weight."""
+    def conclude(self) -> tuple[list[Finding], list[Check]]:
+        """What can be said when all is done."""
         found = self.found
+        recorded = {name: record.digest for name, record in self._records.items()}
         owners = {digest: name for name, digest in recorded.items()}
         for name, digest in found.digests.items():
             if recorded.get(name, digest) != digest:
@@ -187,6 +214,8 @@ class ValuesPass:
                 error("against", shown, _whose(owner, "the other checkpoint"), file=file,
                       tensor=name)
             )  # fmt: skip
+        for name in found.measured:
+            found.findings += self._judge_rounded(name)
         found.findings += self._judge_doubles()
         judged, weights = len(self._subject.sound), len(self._checkpoint.specs)
         files = len(self._checkpoint.folder.headers)
@@ -198,6 +227,22 @@ class ValuesPass:
                       len(self._other.specs) - found.compared, found.their_seconds)
             )  # fmt: skip
         return found.findings, checks
+
+    def _judge_rounded(self, name: str) -> list[Finding]:
+        """A requantised weight: made of the other's values, with the error that is stated."""
+        found, record = self.found, self._records.get(name)
+        mine, theirs = found.digests.get(name), found.their_digests.get(name)
+        is_rounded = self._is_rounded(name)
+        if record is None or (is_rounded and mine == theirs):  # then it is not next to its source
+            return []
+        wrong = list(judge_source(name, self._file(name), record, theirs)) if is_rounded else []
+        if wrong or mine != record.digest or theirs != (record.source or record.digest):
+            return wrong  # the other findings say of which values it is
+        if name in self._costs:
+            wrong += judge_cost(name, self._costs[name], found.measured[name])
+            if is_rounded and not wrong:
+                self.rounded.add(name)
+        return wrong
 
     def _judge_doubles(self) -> Iterator[Finding]:
         """Two weights of equal values: one was written over the other. Norms may well be equal."""

@@ -29,7 +29,17 @@ from dsv4_quant.validators.checksums import Hashes, files_to_hash, judge_hashes
 from dsv4_quant.validators.claims import Claims, read_claims
 from dsv4_quant.validators.division import divided
 from dsv4_quant.validators.present import present_files
-from dsv4_quant.validators.report import LEVELS, Check, Finding, Level, Report, error, ordered
+from dsv4_quant.validators.report import (
+    LEVELS,
+    Check,
+    Finding,
+    Level,
+    Report,
+    Rounded,
+    error,
+    ordered,
+)
+from dsv4_quant.validators.requantised import stated_sqnr
 from dsv4_quant.validators.structure import judge_structure
 from dsv4_quant.validators.subject import Subject
 from dsv4_quant.validators.values import Found, ValuesPass
@@ -59,9 +69,11 @@ def verify(
             SHA256SUMS or B3SUMS and the hub), values (every number) or forward (what the model
             says); each includes those before it.
         against: another checkpoint's folder, in any layout and format, whose values, config and
-            small files must be the same. Needs the level ``values`` at least.
+            small files must be the same; weights that the manifest says were rounded must be made
+            of its values, with the error that is stated. Needs the level ``values`` at least.
         fingerprint: what the level ``forward`` compares with.
-        gate: bit, numeric or lossy; the strictest that the machines allow if not given.
+        gate: bit, numeric or lossy; if not given, the strictest that the machines allow, or lossy
+            where the manifest says that weights were rounded from what the fingerprint is of.
         workers: threads of a process; one per core if not given.
         progress: is told how far it is.
         team: the processes that share the work.
@@ -122,7 +134,7 @@ def judge(
             claims, wrong = read_claims(subject, published_sha256(subject.root))
             work.to_hash = files_to_hash(claims, sizes)
             findings += wrong
-        values = _values_pass(subject, other, progress, stack) if has_values else None
+        values = _values_pass(subject, other, claims, progress, stack) if has_values else None
         progress.stage("values" if has_values else level)
         _work_together(work, values, workers or usable_cores(team.sharing), team)
     hashed = work.found
@@ -131,7 +143,7 @@ def judge(
         checks.append(hashed.check())
     if has_values:
         findings += [] if other is None else judge_against(subject, other)
-        wrong, more = _conclude(subject, values, claims)
+        wrong, more = _conclude(subject, values)
         findings += wrong
         checks += more
     said = reading = None
@@ -145,6 +157,7 @@ def judge(
             str(path), level, tuple(checks), ordered(findings),
             _model_digest(subject, digests), time.monotonic() - began,
             said, reading,
+            None if other is None or values is None else _rounded(values, claims),
         )
     )  # fmt: skip
     return Judgement(report, subject, sizes, hashed.hashes, digests)
@@ -199,23 +212,34 @@ def _structure_check(subject: Subject, seconds: float) -> Check:
 
 
 def _values_pass(
-    subject: Subject, other: Checkpoint | None, progress: Progress, stack: ExitStack
+    subject: Subject,
+    other: Checkpoint | None,
+    claims: Claims,
+    progress: Progress,
+    stack: ExitStack,
 ) -> ValuesPass | None:
     """The pass over all weights that can be read; None where none can."""
     checkpoint = subject.checkpoint()
     if checkpoint is None:
         return None
-    return ValuesPass(subject, stack.enter_context(checkpoint), other, progress.advance)
+    opened = stack.enter_context(checkpoint)
+    return ValuesPass(subject, opened, other, claims.manifest, progress.advance)
 
 
-def _conclude(
-    subject: Subject, values: ValuesPass | None, claims: Claims
-) -> tuple[list[Finding], list[Check]]:
+def _conclude(subject: Subject, values: ValuesPass | None) -> tuple[list[Finding], list[Check]]:
     if values is None:  # nobody can say what the bytes mean: everything was skipped
         held = sum(len(header.entries) for header in subject.folder.headers.values())
         return [], [Check("values", skipped=held)]
-    recorded = {} if claims.manifest is None else claims.manifest.tensors
-    return values.conclude({name: record.digest for name, record in recorded.items()})
+    return values.conclude()
+
+
+def _rounded(values: ValuesPass, claims: Claims) -> Rounded | None:
+    """Of a checkpoint whose manifest has a section on rounding."""
+    manifest = claims.manifest
+    if manifest is None or manifest.requantised is None:
+        return None
+    declared = sum(record.source is not None for record in manifest.tensors.values())
+    return Rounded(len(values.rounded), declared, stated_sqnr(manifest))
 
 
 def _forward(

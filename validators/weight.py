@@ -15,6 +15,7 @@ from dsv4_quant.checkpoint.reader import Bytes, Located
 from dsv4_quant.errors import NotANumberError
 from dsv4_quant.formats.blocks import Tensor
 from dsv4_quant.validators.difference import Difference, decoded_rows
+from dsv4_quant.validators.rounding import Measured
 from dsv4_quant.validators.scan import scan
 from dsv4_quant.validators.tally import Spot, Tally, joined, spot_of
 
@@ -51,6 +52,10 @@ class Weight:
         self.file = file
         self.waiting = panels
         self.is_compared = is_compared
+        self.is_rounded = False
+        """Whether the other checkpoint's values are meant to differ; then measured, not told."""
+        self.measured: Measured | None = None
+        """What rounding cost, where it is to be measured."""
         self.tally = Tally()
         self.mine, self.theirs = Digest(spec), Digest(spec)
         self.difference = Difference(values=spec.matrix[0] * spec.matrix[1])
@@ -100,24 +105,30 @@ def compare_panel(
 ) -> int:
     """The same rows of another checkpoint: leaves that hash alike are equal, others are decoded.
 
-    Returns the bytes read.
+    Of a weight whose rounding is measured all leaves are. Returns the bytes read.
     """
     weight, name = panel.weight, panel.weight.spec.name
     theirs = other.read_rows(name, panel.start, panel.stop)
     their_leaves = _leaves(hasher, name, theirs, panel.start)
     advance(theirs.nbytes)
-    found = Difference()
+    found, measured = Difference(), None if weight.measured is None else Measured()
     rows, step = panel.stop - panel.start, leaf_rows(weight.spec.matrix[1])
     for start in range(0, rows, step):
         leaf = (panel.start + start) // step
-        if leaves and their_leaves and leaves[leaf] == their_leaves[leaf]:
+        is_equal = leaves and their_leaves and leaves[leaf] == their_leaves[leaf]
+        if is_equal and measured is None:
             continue
         stop = min(start + step, rows)
         mine, other_values = decoded_rows(held, start, stop), decoded_rows(theirs, start, stop)
-        found.add(mine, other_values, panel.start + start)
+        if measured is not None:
+            measured.add(other_values, mine)
+        if not is_equal and not weight.is_rounded:
+            found.add(mine, other_values, panel.start + start)
     with weight.lock:
         weight.theirs.add(their_leaves)
         weight.difference.join(found)
+        if weight.measured is not None and measured is not None:
+            weight.measured.join(measured)
     return theirs.nbytes
 
 
