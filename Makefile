@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/dsv4-quant demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

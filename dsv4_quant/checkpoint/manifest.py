@@ -156,7 +156,14 @@ def read_manifest(path: Path) -> Manifest:
         return _parse(strict_json.parse(path.read_bytes(), max_values=MAX_VALUES))
     except OSError as error:
         raise ManifestError(f"The manifest cannot be read: {error.strerror}", file=path) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ManifestError(
             f"The manifest is not one that this tool writes: {error!r}"[:300],
             file=path,

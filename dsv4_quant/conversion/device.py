@@ -125,7 +125,7 @@ class OnDevice:
         return made.tensor.scales
 
     def _rounded(self, panel: Panel, rule: ScaleRule) -> Rounded | None:
-        from dsv4_quant.conversion.requantise import Rounded  # kernels that only this needs
+        from dsv4_quant.conversion.requantise import LARGE_SCALE, Rounded  # kernels only for this
 
         held, after = panel.tensor, panel.after
         if after.kind == "bf16":
@@ -134,6 +134,8 @@ class OnDevice:
         if made is None:
             return None
         codes, scales, figures = made
+        if scales.max(initial=0) >= LARGE_SCALE["fp4" if after.kind == "fp4" else "fp8"]:
+            return None  # it may have to be refused, which takes words
         shape = held.codes.shape[0], held.shape[1]
         return Rounded(Tensor(after, shape, codes, _as_held(panel, scales)), figures)
 

@@ -288,3 +288,21 @@ def test_least_squares_is_never_worse_in_any_weight(
         assert cost.error_squares <= plain.tensors[name].error_squares
     assert best.model.sqnr > plain.model.sqnr
     assert plain.model.saturated == 0 < best.model.saturated
+
+
+@pytest.mark.parametrize(("experts", "bits"), [("fp4", 0x7F7F), ("fp8", 0x7F7F), ("fp4", 0x7F61)])
+def test_nothing_is_rounded_to_infinity(experts: Any, bits: int, tmp_path: Path) -> None:
+    """The nearest code times its scale may be 2**128, which no float32 reader can hold."""
+
+    def huge(tensor: StoredTensor, rng: np.random.Generator) -> NDArray[Any] | None:
+        made = ordinary(tensor, rng)
+        if made is not None and tensor.name == "layers.0.ffn.experts.0.w3.weight":
+            made[9, 40] = bits
+        return made
+
+    raw = config(**ONE, quantization_config=None, expert_dtype=None)
+    source = write_checkpoint(tmp_path / "src", raw, SOURCES["bf16"], values=huge)
+    with pytest.raises(NotANumberError, match="row 9, column 40 rounds to 2\\*\\*128") as caught:
+        convert(source, tmp_path / "out", Request("hf", 1, experts, lossy=True))
+    assert caught.value.tensor == "layers.0.ffn.experts.0.w3.weight"
+    assert not (tmp_path / "out").exists()
