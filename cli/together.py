@@ -30,6 +30,7 @@ def joined(command: str) -> Iterator[None]:
     try:
         if command in SHARED:
             _team = join()
+            _team.agree(lambda: command, "command", hint="All processes run one and the same.")
         yield
     finally:
         _team.close()

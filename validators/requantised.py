@@ -11,6 +11,7 @@ from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest
 from dsv4_quant.checkpoint.requantised import Requantised, by_layer
 from dsv4_quant.formats.cost import Cost
 from dsv4_quant.formats.rules import ScaleRule
+from dsv4_quant.strict_json import shown
 from dsv4_quant.validators.report import Finding, error
 
 COUNTS = ("values", "saturated", "flushed", "blocks", "exact_blocks")
@@ -107,7 +108,10 @@ def _impossible(cost: Cost, spec: TensorSpec) -> Iterator[tuple[str, str]]:
     for key, (least, most) in limits.items():
         if not least <= getattr(cost, key) <= most:
             is_sound = False
-            yield f"{key} {getattr(cost, key)}", f"{least} to {most}" if least < most else f"{most}"
+            yield (
+                f"{key} {shown(getattr(cost, key))}",
+                f"{least} to {most}" if least < most else f"{most}",
+            )
     square = cost.largest_error * cost.largest_error
     slack = 1 + SUMS_AGREE
     if is_sound and not square <= cost.error_squares * slack <= values * square * slack * slack:
@@ -138,8 +142,8 @@ def _judge_layers(section: Requantised, specs: Iterable[TensorSpec]) -> Iterator
                          "Layers and weights do not agree.", expected=must)  # fmt: skip
             continue
         for key, said, is_ in _unequal(section.layers[layer], added[layer], blocks.get(layer, 0)):
-            yield _wrong(f"{name} {key} {said}", "Its weights add up to something else.",
-                         expected=f"{key} {is_}")  # fmt: skip
+            yield _wrong(f"{name} {key} {shown(said)}", "Its weights add up to something else.",
+                         expected=f"{key} {shown(is_)}")  # fmt: skip
 
 
 def _unequal(said: Cost, added: Cost, blocks: int) -> Iterator[tuple[str, object, object]]:

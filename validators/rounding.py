@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dsv4_quant.checkpoint.manifest import MANIFEST, TensorRecord
 from dsv4_quant.formats.cost import Cost
+from dsv4_quant.strict_json import shown
 from dsv4_quant.validators.report import Finding, error
 
 SUMS_AGREE = 1e-9
@@ -70,20 +71,18 @@ def judge_cost(name: str, stated: Cost, measured: Measured) -> Iterator[Finding]
 
     Saturated values and exact blocks are not measured.
     """
-    held = {
-        "value_squares": math.fsum(measured.value_squares),
-        "error_squares": math.fsum(measured.error_squares),
-        "largest_error": float(np.float32(measured.largest_error)),
-        "flushed": measured.flushed,
+    sums = {key: math.fsum(getattr(measured, key)) for key in ("value_squares", "error_squares")}
+    wrong: dict[str, float] = {
+        key: held
+        for key, held in sums.items()
+        if not math.isclose(getattr(stated, key), held, rel_tol=SUMS_AGREE)
     }
-    tolerance = {"value_squares": SUMS_AGREE, "error_squares": SUMS_AGREE}
-    wrong = {
-        key: figure
-        for key, figure in held.items()
-        if not math.isclose(getattr(stated, key), figure, rel_tol=tolerance.get(key, 0.0))
-    }
+    largest = float(np.float32(measured.largest_error))
+    for key, exact in (("largest_error", largest), ("flushed", measured.flushed)):
+        if getattr(stated, key) != exact:
+            wrong[key] = exact
     if wrong:
-        said = ", ".join(f"{key} {getattr(stated, key):.12g}" for key in wrong)
+        said = ", ".join(f"{key} {shown(getattr(stated, key))}" for key in wrong)
         meaning = "The manifest states another error than is measured."
         yield error("against", said, meaning, file=MANIFEST, tensor=name,
-                    expected=", ".join(f"{key} {wrong[key]:.12g}" for key in wrong))  # fmt: skip
+                    expected=", ".join(f"{key} {held}" for key, held in wrong.items()))  # fmt: skip

@@ -215,6 +215,10 @@ class Checkpoint:
         if self.arrivals is not None:
             self.arrivals.halt()
 
+    def forget(self, file: str) -> None:
+        """Closes a file that will not be read again: a removed file takes room while it is open."""
+        self._files.forget(file)
+
     def close(self) -> None:
         """Closes the files that were opened for reading."""
         self._files.close()
@@ -279,6 +283,11 @@ class _OpenFiles:
                 hint="Is something still writing to it? Run the same command again.",
             )
         return fd
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            if (fd := self._open.pop(name, None)) is not None:
+                os.close(fd)
 
     def close(self) -> None:
         with self._lock:

@@ -35,7 +35,7 @@ FOLDER = PARTIAL
 _LOCK, _JOURNAL = "lock", "journal"
 _JOURNALS = re.compile(rf"{_JOURNAL}(?:-([0-9]+)-of-([0-9]+))?")
 _REPLACED = "replaced"
-FREED = "freed"
+FREED, _SIGNATURE = "freed", "signature"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Some network filesystems keep none; there it is the user who must not start two runs."""
 
@@ -199,6 +199,22 @@ class Workspace:
         """Source files that are gone: what was made of them is here and nowhere else."""
         return frozenset(path.name for path in self.freed.glob("*.safetensors"))
 
+    def sign_move(self, signature: str) -> None:
+        """Says which conversion of which source frees files; durable before the first is gone."""
+        self.freed.mkdir(exist_ok=True)
+        if not (self.freed / _SIGNATURE).exists():
+            new = self.freed / f"signature{NEW}"
+            write_durably(new, signature.encode())
+            new.replace(self.freed / _SIGNATURE)
+            sync_folder(self.freed)
+            sync_folder(self.folder)
+
+    def check_move(self, signature: str) -> None:
+        """Raises WriteError if this is another run than the one that has freed files."""
+        path = self.freed / _SIGNATURE
+        if self.freed_files and not (path.is_file() and path.read_text() == signature):
+            self._require_no_freed()
+
     def forget_freed(self, source: Path) -> None:
         """Files that are there after all (a kill came first, or somebody restored them)."""
         for name in self.freed_files:
@@ -214,7 +230,9 @@ class Workspace:
         new = self.freed / f"header{NEW}"
         with path.open("rb") as file:
             write_durably(new, file.read(header_bytes))
-        os.truncate(new, path.stat().st_size)
+        with new.open("r+b") as file:
+            file.truncate(path.stat().st_size)
+            os.fsync(file.fileno())
         new.replace(self.freed / path.name)
         sync_folder(self.freed)
         sync_folder(self.folder)

@@ -14,6 +14,7 @@ An unfinished move is the only whole copy of its weights: nothing may discard it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.sums import new_hash
-from dsv4_quant.conversion import operations
+from dsv4_quant.conversion.casts import OnProcessor
 from dsv4_quant.conversion.files import rehash, sync_folder
 from dsv4_quant.conversion.journal import Workspace
 from dsv4_quant.conversion.notes import Cut
@@ -73,6 +74,8 @@ def check_movable(plan: Plan, stated: Mapping[str, str]) -> None:
             file=root / MANIFEST,
             hint="`dsv4-quant manifest SRC` makes one, if you trust the files.",
         )
+    if not os.access(root, os.W_OK):
+        raise UsageError("--move removes files from SRC, which may not be written to", file=root)
     for name in plan.source.folder.headers:
         if (root / name).is_symlink():
             raise UsageError(
@@ -101,7 +104,7 @@ def rehearse(plan: Plan, stated: Mapping[str, str], *, workers: int, progress: P
                 yield step, start, stop
 
     def worker() -> Callable[[tuple[Step, int, int]], None]:
-        hasher = LeafHasher()
+        hasher, casts = LeafHasher(), OnProcessor()
 
         def work(item: tuple[Step, int, int]) -> None:
             step, start, stop = item
@@ -110,9 +113,11 @@ def rehearse(plan: Plan, stated: Mapping[str, str], *, workers: int, progress: P
             digest = open_digests[name]
             for leaf in hasher.leaves(name, panel, start):
                 digest.add(*leaf)
-            if step.operation != COPY and not step.lossy:
-                held = Panel(name, start, panel, step.out.spec.format)
-                operations.weight(step.operation, held, Proof())
+            held = Panel(name, start, panel, step.out.spec.format)
+            if step.lossy:
+                casts.requantise(held, plan.request.rule)
+            elif step.operation != COPY:
+                casts.weight(step.operation, held, Proof())
             if digest.is_complete and digest.hexdigest() != stated[name]:
                 raise not_as_stated(plan.source, name)
             progress.advance(step.out.nbytes * (stop - start) // rows)
@@ -128,6 +133,8 @@ class Mover:
 
     plan: Plan
     work: Workspace
+    signature: str
+    """Of this conversion of this source: only it may continue."""
     hashes: dict[str, tuple[int, Any]]
     """Per output file: bytes that the disk was seen to hold, and the hash object of them."""
     freed: set[str] = field(default_factory=set)
@@ -157,8 +164,10 @@ class Mover:
             return
         for name, (mark, stated) in files.items():
             self._confirm(name, mark, stated)
+        self.work.sign_move(self.signature)
         for name in due:
             self.work.keep_header(root / name, self.plan.source.folder.headers[name].data_start)
+            self.plan.source.forget(name)
             (root / name).unlink()
             sync_folder(root)
             self.freed.add(name)

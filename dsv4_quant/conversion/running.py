@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from dsv4_quant.checkpoint.digesting import digest_tensors
 from dsv4_quant.checkpoint.manifest import (
@@ -99,7 +102,14 @@ class Run:
     def all(self, *, overwrite: bool) -> tuple[Manifest, int]:
         """The manifest, and how many bytes were there before."""
         team, work = self.team, self.work
+        team.lead(self._check_move)
         if team.lead(lambda: self._is_finished(overwrite=overwrite)):
+            if self.move:
+                raise UsageError(
+                    "OUT is complete already, and --move removes files only while it converts",
+                    file=work.out,
+                    hint="Every byte and value of it was just checked: you may remove SRC.",
+                )
             return read_manifest(work.out / MANIFEST), self.plan.bytes
         count = team.lead(lambda: self._prepare(overwrite=overwrite))
         parts = self._continued(count) if count else None
@@ -110,13 +120,29 @@ class Run:
             outcomes = team.gather(lambda: self._stream(parts))
             manifest = team.lead(lambda: self._complete(outcomes))
         except (ValueNotExactError, NotANumberError, MiscomputedError):
-            if team.is_first:
+            if team.is_first and not work.freed_files:
                 work.discard()  # the same command would fail again: nothing to continue
             raise
         finally:
             for part in parts:
                 part.notes.close()
         return manifest, done
+
+    def _check_move(self) -> None:
+        """Nobody else may touch an unfinished move, which is the only copy of its weights."""
+        self.work.check_move(self._signature)
+        if self.move and self.work.parts > 1:
+            raise UsageError(
+                "This conversion was begun by several processes: --move cannot continue it",
+                file=self.work.out,
+                hint="Give the same command without --move, and remove SRC when it is done.",
+            )
+
+    @property
+    def _signature(self) -> str:
+        """Of this plan and of the values that the source's manifest states."""
+        said = [plan_key(self.plan), sorted(self.stated.items())]
+        return blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def _is_finished(self, *, overwrite: bool) -> bool:
         """Whether OUT is this very output already, in every byte and value."""
@@ -264,7 +290,11 @@ class Run:
         return results, hashes
 
     def _stream_part(self, part: Part) -> Outcome:
-        mover = Mover(part.plan, self.work, part.resume.copied_prefixes()) if self.move else None
+        mover = (
+            Mover(part.plan, self.work, self._signature, part.resume.copied_prefixes())
+            if self.move
+            else None
+        )
         stream = Stream(
             part.plan,
             self.work,
@@ -340,7 +370,8 @@ class Run:
         ) and self._written_as_read(results):
             return
         withdraw(self.work, self.plan)
-        self.work.discard()
+        if not self.work.freed_files:
+            self.work.discard()
         raise SourceChangedError(
             "The source changed while it was read; what was written is void",
             file=self.plan.source.root,

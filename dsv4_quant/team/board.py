@@ -7,6 +7,8 @@ can reach the board's port can stop a job, but not run code in it.
 from __future__ import annotations
 
 import pickle
+from dataclasses import is_dataclass
+from enum import Enum
 from importlib import import_module
 from io import BytesIO
 from typing import Any, Protocol
@@ -95,9 +97,15 @@ class _Plain(pickle.Unpickler):
         if "." not in name and (module == "builtins" or module.startswith("dsv4_quant.")):
             found = getattr(import_module(module), name, None)
             ours = module != "builtins" or _is_error(found)
-            if isinstance(found, type) and ours and found.__module__ == module:
+            if isinstance(found, type) and ours and found.__module__ == module and _is_value(found):
                 return found
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+
+
+def _is_value(found: type) -> bool:
+    """Data and errors; nothing that does something when it is made, such as opening a file."""
+    plain = is_dataclass(found) and "__post_init__" not in vars(found)
+    return plain or issubclass(found, tuple | Enum | BaseException)
 
 
 def _is_error(found: object) -> bool:

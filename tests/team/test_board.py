@@ -6,10 +6,13 @@ import os
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dsv4_quant.conversion.files import OutputFile
+from dsv4_quant.conversion.journal import Workspace
 from dsv4_quant.errors import ManifestError
 from dsv4_quant.formats.blocks import FP4
 from dsv4_quant.team.board import pack, put, take, unpack
@@ -73,3 +76,22 @@ def test_of_any_size() -> None:
         put(board, "x", value)
         assert take(board, "x") == value == take(board, "x", forget=True)
         assert not board.held
+
+
+def test_nothing_that_acts_when_it_is_made(tmp_path: Path) -> None:
+    """Reading a value must not open, cut or lock a file."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+
+    class Cuts:
+        def __reduce__(self) -> Any:
+            return OutputFile, (victim, 0, ())
+
+    class Makes:
+        def __reduce__(self) -> Any:
+            return Workspace, (tmp_path / "made",)
+
+    for bomb in (Cuts(), Makes()):
+        with pytest.raises(pickle.UnpicklingError, match="no plain value"):
+            unpack(pickle.dumps(bomb))
+    assert victim.read_bytes() == b"precious" and not (tmp_path / "made").exists()

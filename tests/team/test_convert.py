@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,21 @@ class TestAKilledProcess:
         again = processes.run(2, *argv, **common)
         assert again.codes == [0] * 2 and "of it by an earlier run" in again.out[0]
         assert tree(out) == alone
+
+    def test_move_does_not_continue_parts(
+        self, source: Path, alone: dict[str, str], processes: Processes, tmp_path: Path
+    ) -> None:
+        """A part does not know what the others still need of a file."""
+        mine, out = tmp_path / "mine", tmp_path / "out"
+        shutil.copytree(source, mine)
+        assert processes.run(1, "manifest", mine, folder=tmp_path).codes == [0]
+        argv = ("convert", mine, out, "--gpus", "4", *FP8)
+        processes.run(2, *argv, folder=tmp_path, faults=kill(1), cut=CUT)
+        before = tree(mine)
+        ended = processes.run(1, *argv, "--move", folder=tmp_path)
+        assert ended.codes == [2] and "begun by several processes" in ended.all_said_at_once()
+        assert tree(mine) == before
+        assert processes.run(1, *argv, folder=tmp_path).codes == [0]
 
     def test_other_work_is_not_continued(
         self, source: Path, processes: Processes, tmp_path: Path

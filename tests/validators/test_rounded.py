@@ -258,7 +258,7 @@ def test_a_weight_that_the_section_leaves_out(out: Path) -> None:
 
 
 @pytest.mark.parametrize("key", [key for key in Cost().to_json() if key != "exponents"])
-@pytest.mark.parametrize("junk", [10**400, 1e999, -1e308, 1e308, 5e-324, "7", None, [], {}, ""])
+@pytest.mark.parametrize("junk", [10**400, 1e999, -1e308, 1e308, 1.5, None])
 def test_a_figure_that_is_junk(key: str, junk: Any, made: dict[str, Path], out_once: Path) -> None:
     """Whatever stands there, the judge ends in a report."""
     before = (made["hf"] / MANIFEST).read_text()
@@ -270,6 +270,15 @@ def test_a_figure_that_is_junk(key: str, junk: Any, made: dict[str, Path], out_o
         report = verify(out_once, "checksums", workers=1)
         assert {one.check for one in report.findings} == {"manifest"}
         json.dumps(report.to_json())
+
+
+def test_a_count_beyond_all_numbers(out: Path) -> None:
+    with edited_json(out / MANIFEST) as raw:
+        raw["requantised"]["tensors"][W1] |= {"flushed": 10**400, "value_squares": 1e308}
+    sign(out)
+    report = verify(out, against=SOURCE, workers=2)
+    assert said(report) == {("manifest", MANIFEST, W1), ("against", MANIFEST, W1)}
+    assert all(len(one.what) < 300 for one in report.findings)
 
 
 def test_a_section_that_is_missing(out: Path) -> None:
