@@ -41,6 +41,7 @@ def checkpoint(folder: Path, gigabytes: float) -> Path:
 JOBS: dict[str, list[str]] = {
     "reshard to 1 GPU": ["convert", "SRC", "OUT", "--gpus", "1"],
     "reshard to 8 GPUs": ["convert", "SRC", "OUT", "--gpus", "8"],
+    "reshard to 8 GPUs, B3SUMS": ["convert", "SRC", "OUT", "--gpus", "8", "--sums", "blake3"],
     "reshard, hf": ["convert", "SRC", "OUT", "--layout", "hf"],
     "FP4 to FP8, 8 GPUs": ["convert", "SRC", "OUT", "--gpus", "8", "--experts", "fp8"],
     "FP4 to BF16, hf": ["convert", "SRC", "OUT", "--layout", "hf", "--experts", "bf16"],
