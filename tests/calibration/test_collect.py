@@ -237,3 +237,15 @@ def test_a_few_inputs_are_not_believed(made: Calibration, monkeypatch: pytest.Mo
     Calibration(made._folder, made._specs, made._places, made._prompts).factor(name)
     held = made.held_out(name)
     assert np.array_equal(np.concatenate([seen[0], held]), inputs) and len(held) == len(inputs) // 4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64, 1000])
+def test_factors_keep_to_their_memory(made: Calibration, threads: int) -> None:
+    """However many threads there are: more only where memory is for them."""
+    alone = made.reserve(0, threads)
+    assert made.reserve(alone, threads) == alone
+    assert made.reserve(1 << 40, 1) == alone
+    for most in (2 * alone, 10 * alone, 100 * alone):
+        assert made.reserve(most, threads) <= most
+    if threads > 1:
+        assert made.reserve(100 * alone, threads) > alone
