@@ -116,7 +116,7 @@ def judge(report: ConvertReport, fingerprint: Path, progress: Progress) -> Close
 
     recorded = read_fingerprint(fingerprint)
     of = None if recorded.measured is None else recorded.measured.value_digest
-    source = _source_digest(report)
+    source = report.manifest.source_digest
     if of is not None and of != source:
         raise UsageError(
             f"The fingerprint is of other weights (value digest {of[:16]}...) than SRC's"
@@ -153,8 +153,8 @@ def write_page(report: ConvertReport, src: str, file: str, judged: Closeness | N
     assert held is not None, "a plan that rounds nothing was refused"
     rows = recasts(report.before, report.after, held.tensors)
     more = {key: str(value) for key, value in (held.calibration or {}).items()}
-    digest = _source_digest(report)
-    run = Run(src, str(report.out), held.rule, digest, manifest.value_digest, more)
+    out, digests = str(report.out), (manifest.source_digest, manifest.value_digest)
+    run = Run(src, out, held.rule, *digests, more)
     text = page(rows, run, judged, exponents=held.model.exponents)
     new = Path(f"{file}.new")
     try:
@@ -166,10 +166,3 @@ def write_page(report: ConvertReport, src: str, file: str, judged: Closeness | N
             file=file,
             hint="The output is complete; the same command with another FILE makes the page.",
         ) from None
-
-
-def _source_digest(report: ConvertReport) -> str:
-    from dsv4_quant.checkpoint.digest import model_digest
-
-    held = report.manifest.tensors
-    return model_digest({name: record.source or record.digest for name, record in held.items()})

@@ -24,7 +24,7 @@ FOLDERS = {"cli": "cli", "kernels": "kernels", "validators": "validators"}
 
 # Each part may import those above it, and itself; those on one line do not know each other.
 LAYERS = (
-    ("errors", "strict_json", "progress"),
+    ("errors", "strict_json", "progress", "durable"),
     ("config_keys", "hub", "team"),
     ("config", "formats"),
     ("catalogue", "kernels"),

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv4_quant.checkpoint import Checkpoint
-from dsv4_quant.checkpoint.digest import model_digest
 from dsv4_quant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from dsv4_quant.errors import (
     Dsv4Error,
@@ -159,15 +158,14 @@ def _is_of_source(measured: Measured, manifest: Manifest | None) -> str | None:
     """
     if manifest is None or manifest.requantised is None:
         return None
-    records = manifest.tensors
-    count = sum(record.source is not None for record in records.values())
+    count = sum(record.source is not None for record in manifest.tensors.values())
     if not count:
         return None
     said = f"by the manifest {count:,} weights were rounded"
     if measured.value_digest is None:
         return f"{said}, and the fingerprint does not say of which values it is"
-    source = model_digest({name: one.source or one.digest for name, one in records.items()})
-    return f"{said}, from those of the fingerprint" if measured.value_digest == source else None
+    is_of_source = measured.value_digest == manifest.source_digest
+    return f"{said}, from those of the fingerprint" if is_of_source else None
 
 
 def _digest_findings(measured: Measured, manifest: Manifest, gate: Gate) -> list[Finding]:

@@ -236,7 +236,7 @@ class ValuesPass:
         if record is None or (is_rounded and mine == theirs):  # then it is not next to its source
             return []
         wrong = list(judge_source(name, self._file(name), record, theirs)) if is_rounded else []
-        if wrong or mine != record.digest or theirs != (record.source or record.digest):
+        if wrong or mine != record.digest or theirs != record.made_of:
             return wrong  # the other findings say of which values it is
         if name in self._costs:
             wrong += judge_cost(name, self._costs[name], found.measured[name])

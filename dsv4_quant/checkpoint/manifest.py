@@ -71,6 +71,11 @@ class TensorRecord:
     digest: str
     source: str | None = None
 
+    @property
+    def made_of(self) -> str:
+        """Digest of the values that the weight was made of."""
+        return self.source or self.digest
+
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -110,6 +115,11 @@ class Manifest:
     def value_digest(self) -> str:
         """The whole model's value digest."""
         return model_digest({name: record.digest for name, record in self.tensors.items()})
+
+    @property
+    def source_digest(self) -> str:
+        """The value digest of what the model was made of: another one only where it was rounded."""
+        return model_digest({name: record.made_of for name, record in self.tensors.items()})
 
     def to_json(self) -> bytes:
         """The file's bytes: readable, stable, one line per file and per tensor."""
@@ -186,7 +196,7 @@ def _parse(raw: Any) -> Manifest:
         raise ValueError("hashes of different kinds")
     tensors = {name: TensorRecord(**record) for name, record in raw["tensors"].items()}
     for name, record in tensors.items():
-        hashes = (record.digest, record.source or record.digest)
+        hashes = (record.digest, record.made_of)
         if not all(map(_HEX.fullmatch, hashes)) or not isinstance(record.format, str):
             raise ValueError(f"digest of {name!r}")
     manifest = Manifest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,7 @@ class Requantised:
         text = json.dumps(head, indent=2)[:-2].replace("\n", "\n  ")
         text += ',\n    "model": ' + json.dumps(_figures(self.model))
         text += ',\n    "layers": ' + _lines({n: _figures(c) for n, c in self.layers.items()})
-        bare = {n: replace(c, exponents=type(c.exponents)()) for n, c in self.tensors.items()}
+        bare = {n: replace(c, exponents=Counter()) for n, c in self.tensors.items()}
         text += ',\n    "tensors": ' + _lines({n: _figures(c) for n, c in sorted(bare.items())})
         return text + "\n  }"
 

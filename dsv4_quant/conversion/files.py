@@ -175,15 +175,6 @@ def rehash(path: Path, start: int, stop: int, sum: FileHash) -> None:
             start += len(data)
 
 
-def sync_folder(path: Path) -> None:
-    """A rename is durable only when its folder is."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def prefix_hashes(
     path: Path,
     marks: Iterable[int],

@@ -15,11 +15,12 @@ from dsv4_quant.checkpoint.requantised import Requantised, by_layer
 from dsv4_quant.checkpoint.sums import LISTS, HashKind
 from dsv4_quant.conversion.certificate import certificates
 from dsv4_quant.conversion.configs import small_files
-from dsv4_quant.conversion.files import sync_folder, write_durably
+from dsv4_quant.conversion.files import write_durably
 from dsv4_quant.conversion.journal import Workspace
 from dsv4_quant.conversion.plan import Plan
 from dsv4_quant.conversion.stream import Result
 from dsv4_quant.conversion.target import plan_key
+from dsv4_quant.durable import sync_folder
 
 
 def written(plan: Plan, work: Workspace) -> Checkpoint:

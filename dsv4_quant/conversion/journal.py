@@ -27,8 +27,9 @@ from dsv4_quant.checkpoint.folder import PARTIAL
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import work_in_threads
 from dsv4_quant.checkpoint.sums import FileHash, HashKind
-from dsv4_quant.conversion.files import prefix_hashes, sync_folder, write_durably
+from dsv4_quant.conversion.files import prefix_hashes, write_durably
 from dsv4_quant.conversion.notes import NEW, Cut, Journal, Notes
+from dsv4_quant.durable import sync_folder
 from dsv4_quant.errors import BusyError, WriteError
 
 FOLDER = PARTIAL
@@ -198,6 +199,11 @@ class Workspace:
     def freed_files(self) -> frozenset[str]:
         """Source files that are gone: what was made of them is here and nowhere else."""
         return frozenset(path.name for path in self.freed.glob("*.safetensors"))
+
+    @property
+    def freed_headers(self) -> Path | None:
+        """Where the headers of these files are, if there is one."""
+        return self.freed if self.freed_files else None
 
     def sign_move(self, signature: str) -> None:
         """Says which conversion of which source frees files; durable before the first is gone."""

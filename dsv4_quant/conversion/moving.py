@@ -24,12 +24,13 @@ from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.sums import new_hash
 from dsv4_quant.conversion.casts import OnProcessor
-from dsv4_quant.conversion.files import rehash, sync_folder
+from dsv4_quant.conversion.files import rehash
 from dsv4_quant.conversion.journal import Workspace
 from dsv4_quant.conversion.notes import Cut
 from dsv4_quant.conversion.operations import Panel, Proof
 from dsv4_quant.conversion.plan import COPY, Plan, Step
 from dsv4_quant.conversion.source import not_as_stated
+from dsv4_quant.durable import sync_folder
 from dsv4_quant.errors import UsageError, WriteError
 from dsv4_quant.progress import Progress
 
@@ -37,11 +38,8 @@ from dsv4_quant.progress import Progress
 def last_uses(plan: Plan) -> dict[str, int]:
     """Per source file, how many steps must be done until none reads it any more."""
     found: dict[str, int] = dict.fromkeys(plan.source.folder.headers, 0)
-    for index, step in enumerate(plan.steps, 1):
-        for tensor in plan.source.stored(step.spec):
-            located = plan.source.locate(tensor)
-            for extent in (*located.extents, *located.copies):
-                found[extent.file] = index
+    for index, ranges in enumerate(plan.reads, 1):
+        found.update(dict.fromkeys((held.file for held in ranges), index))
     return found
 
 
@@ -137,7 +135,6 @@ class Mover:
     """Of this conversion of this source: only it may continue."""
     hashes: dict[str, tuple[int, Any]]
     """Per output file: bytes that the disk was seen to hold, and the hash object of them."""
-    freed: set[str] = field(default_factory=set)
     _uses: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,7 +167,6 @@ class Mover:
             self.plan.source.forget(name)
             (root / name).unlink()
             sync_folder(root)
-            self.freed.add(name)
 
     def _confirm(self, name: str, mark: int, stated: str) -> None:
         """Reads what was written since the last time; raises WriteError if it is not that."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from dsv4_quant.conversion.files import sync_folder, write_durably
+from dsv4_quant.conversion.files import write_durably
+from dsv4_quant.durable import hashed_line, sync_folder, whole_lines
 from dsv4_quant.errors import WriteError
 
 NEW = ".new"
@@ -58,19 +56,13 @@ class Notes:
             content = self._path.read_bytes()
         except FileNotFoundError:
             return []
-        found = []
-        for line in content.split(b"\n"):
-            check, _, text = line.partition(b" ")
-            if check != _check(text):
-                break
-            found.append(json.loads(text))
-        return found
+        return [value for value, _ in whole_lines(content)]
 
     def start(self, journal: Journal) -> None:
         """Writes a journal in place of what is there, to be continued."""
         lines = [{"plan": journal.plan, "stamps": journal.stamps}, *map(_cut_line, journal.cuts)]
         new = self._path.with_name(self._path.name + NEW)
-        write_durably(new, b"".join(map(_line, lines)))
+        write_durably(new, b"".join(map(hashed_line, lines)))
         new.replace(self._path)
         sync_folder(self._path.parent)
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -78,7 +70,7 @@ class Notes:
     def record(self, cut: Cut) -> None:
         """Appends a cut; on the disk when this returns."""
         assert self._fd >= 0
-        data = _line(_cut_line(cut))
+        data = hashed_line(_cut_line(cut))
         try:
             if os.write(self._fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -104,12 +96,3 @@ def _cut_line(cut: Cut) -> dict[str, Any]:
 def _parse_cut(line: Mapping[str, Any]) -> Cut:
     files = {name: (mark, sha256) for name, (mark, sha256) in line["files"].items()}
     return Cut(line["steps"], files, line["results"])
-
-
-def _line(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(value, separators=(",", ":")).encode()
-    return _check(text) + b" " + text + b"\n"
-
-
-def _check(text: bytes) -> bytes:
-    return blake3(text).hexdigest().encode()

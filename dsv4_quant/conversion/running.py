@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -18,7 +17,6 @@ from dsv4_quant.checkpoint.manifest import (
 from dsv4_quant.conversion.arriving import arriving, vouched
 from dsv4_quant.conversion.budget import Budget
 from dsv4_quant.conversion.casts import Casts, OnProcessor
-from dsv4_quant.conversion.files import sync_folder
 from dsv4_quant.conversion.finishing import finish, written
 from dsv4_quant.conversion.journal import Resume, Workspace
 from dsv4_quant.conversion.moving import Mover, last_uses
@@ -40,6 +38,7 @@ from dsv4_quant.conversion.target import (
     plan_key,
     withdraw,
 )
+from dsv4_quant.durable import sync_folder
 from dsv4_quant.errors import (
     MiscomputedError,
     NotANumberError,
@@ -51,9 +50,6 @@ from dsv4_quant.errors import (
 )
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +338,7 @@ class Run:
         source = self.plan.source
         if source.arrivals is not None:
             return True
-        freed = self.work.freed if self.work.freed_files else None
-        now = take_stamps(source.root, freed, self.stamps)
+        now = take_stamps(source.root, self.work.freed_headers, self.stamps)
         names = affected(source, results, self.stamps, now)
         if not names:
             return True
@@ -364,7 +359,7 @@ class Run:
             self.plan.source,
             digests,
             self.stamps,
-            freed=self.work.freed if self.work.freed_files else None,
+            freed=self.work.freed_headers,
             workers=self.limits.workers,
             progress=self.progress,
         ) and self._written_as_read(results):

@@ -230,13 +230,11 @@ class Stream:
         else:
             panel = source.read_rows(spec.name, bite.start, bite.stop, copies=True)
             held = Panel(spec.name, bite.start, panel, step.out.spec.format)
-            weight = self._open[bite.step]
+            weight, first, proof = self._open[bite.step], bite.start, Proof()
             if step.lossy:
-                data, first = self._rounded(weight, held, hasher, casts), bite.start
-                proof = Proof()
+                data = self._rounded(weight, held, hasher, casts)
             else:
-                proof = Proof()
-                data, first = casts.weight(step.operation, held, proof), bite.start
+                data = casts.weight(step.operation, held, proof)
                 self._look_up_worst(bite, held, proof)
             for leaf in hasher.leaves(spec.name, panel, bite.start):
                 weight.read.add(*leaf)
@@ -300,7 +298,7 @@ class Stream:
         first = bite.start // block[0]
         if step.operation == COPY:
             return read_scales(self._plan.source, step.spec, bite.start, bite.stop), first
-        if step.operation == "fp4_to_fp8" and not step.lossy:  # made of scales alone
+        if not step.needs_codes:
             held = read_scales(self._plan.source, step.spec, bite.start, bite.stop)
             codes = np.empty((bite.stop - bite.start, 0), np.uint8)
             shape = (bite.stop - bite.start, step.spec.matrix[1])

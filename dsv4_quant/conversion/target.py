@@ -188,7 +188,7 @@ def finished(
         digests = digest_source(plan.source, out / FOLDER, workers=workers, progress=progress)
     except NotANumberError:
         return None
-    said = {name: record.source or record.digest for name, record in manifest.tensors.items()}
+    said = {name: record.made_of for name, record in manifest.tensors.items()}
     return manifest if digests == said else None
 
 

@@ -8,15 +8,13 @@ have passed. One JSON object per line behind its own hash, as in the journal; a 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
+from dsv4_quant.durable import hashed_line, sync_folder, whole_lines
 from dsv4_quant.errors import WriteError
 from dsv4_quant.hub.schedule import Range, Visit
 
@@ -36,11 +34,10 @@ class Notes:
             content = path.read_bytes()
         except FileNotFoundError:
             content = b""
-        for line in content.splitlines(keepends=True):
-            check, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or check != blake3(text).hexdigest().encode():
+        for said, line in whole_lines(content):
+            if not line.endswith(b"\n"):
                 break
-            self._take(json.loads(text))
+            self._take(said)
             self._size += len(line)
 
     def _take(self, said: Mapping[str, Any]) -> None:
@@ -81,11 +78,9 @@ class Notes:
         self._append({"void": True})
 
     def _append(self, said: Mapping[str, Any]) -> None:
-        text = json.dumps(said, separators=(",", ":")).encode()
-        line = blake3(text).hexdigest().encode() + b" " + text + b"\n"
         with self._lock:
             try:
-                self._write(line)
+                self._write(hashed_line(said))
             except OSError as error:
                 raise WriteError(
                     f"Notes on the hub's files cannot be written: {error.strerror}",
@@ -99,7 +94,7 @@ class Notes:
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._file = os.open(self._path, flags, 0o644)
             os.ftruncate(self._file, self._size)
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         if os.pwrite(self._file, line, self._size) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file)
@@ -110,14 +105,6 @@ class Notes:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def ranges_of(file: str, visits: Sequence[Visit]) -> list[Range]:
