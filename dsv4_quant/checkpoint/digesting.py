@@ -6,13 +6,14 @@ Processes that share the job take a run of weights each; all of them get all dig
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest, model_digest
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, usable_cores, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.checkpoint.sidecars import identity
+from dsv4_quant.formats.blocks import Tensor
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 from dsv4_quant.team.shares import runs
@@ -46,37 +47,61 @@ def _digests(
     checkpoint: Checkpoint, chosen: list[str], workers: int, progress: Progress
 ) -> dict[str, str]:
     progress.total(sum(_nbytes(checkpoint, name) for name in chosen))
+    heights = {name: panel_rows(checkpoint.specs[name], ()) for name in chosen}
     found: dict[str, str] = {}
+
+    def see(name: str, first_row: int, panel: Tensor) -> None:
+        progress.advance(panel.nbytes)
+
+    digest_panels(checkpoint, heights, lambda: see, found.__setitem__, workers)
+    return found
+
+
+def digest_panels(
+    checkpoint: Checkpoint,
+    heights: Mapping[str, int],
+    onlooker: Callable[[], Callable[[str, int, Tensor], None]],
+    digested: Callable[[str, str], None],
+    workers: int,
+) -> None:
+    """Reads weights once, in panels, and digests them.
+
+    Args:
+        heights: by name, in the order of reading, the rows of a panel: a multiple of ``row_unit``.
+        onlooker: is called once in each thread; what it returns is shown every panel that the
+            thread has digested: the weight's name, the panel's first row, and the panel.
+        digested: is told each weight's name and digest, by one thread at a time.
+        workers: threads.
+    """
     unfinished: dict[str, TensorDigest] = {}
     lock = threading.Lock()
 
     def panels() -> Iterator[tuple[str, int, int]]:
-        for name in chosen:
-            spec = checkpoint.specs[name]
-            unfinished[name] = TensorDigest(*spec.matrix)
-            for start, stop in row_ranges(spec.matrix[0], panel_rows(spec, ())):
+        for name, height in heights.items():
+            rows, _ = checkpoint.specs[name].matrix
+            unfinished[name] = TensorDigest(*checkpoint.specs[name].matrix)
+            for start, stop in row_ranges(rows, height):
                 yield name, start, stop
 
     def worker() -> Callable[[tuple[str, int, int]], None]:
-        hasher = LeafHasher()
+        hasher, see = LeafHasher(), onlooker()
 
         def work(item: tuple[str, int, int]) -> None:
             name, start, stop = item
             panel = checkpoint.read_rows(name, start, stop, copies=True)
             leaves = list(hasher.leaves(name, panel, start))
+            see(name, start, panel)
             with lock:  # a finished weight keeps its digest only: V4-Pro has 3 million leaves
                 open_digest = unfinished[name]
                 for leaf in leaves:
                     open_digest.add(*leaf)
                 if open_digest.is_complete:
-                    found[name] = open_digest.hexdigest()
+                    digested(name, open_digest.hexdigest())
                     del unfinished[name]
-            progress.advance(panel.nbytes)
 
         return work
 
     work_in_threads(panels(), worker, workers, checkpoint.halt)
-    return found
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:

@@ -18,7 +18,7 @@ from dsv4_quant.conversion.configs import small_files
 from dsv4_quant.conversion.files import write_durably
 from dsv4_quant.conversion.journal import Workspace
 from dsv4_quant.conversion.plan import Plan
-from dsv4_quant.conversion.stream import Result
+from dsv4_quant.conversion.results import Result
 from dsv4_quant.conversion.target import plan_key
 from dsv4_quant.durable import sync_folder
 

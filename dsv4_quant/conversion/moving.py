@@ -19,19 +19,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
+from dsv4_quant.checkpoint.digesting import digest_panels
 from dsv4_quant.checkpoint.manifest import MANIFEST
-from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
+from dsv4_quant.checkpoint.panels import panel_rows
 from dsv4_quant.checkpoint.sums import new_hash
+from dsv4_quant.conversion.budget import Budget
 from dsv4_quant.conversion.casts import OnProcessor
 from dsv4_quant.conversion.files import rehash
 from dsv4_quant.conversion.journal import Workspace
 from dsv4_quant.conversion.notes import Cut
 from dsv4_quant.conversion.operations import Panel, Proof
-from dsv4_quant.conversion.plan import COPY, Plan, Step
+from dsv4_quant.conversion.plan import COPY, Plan
 from dsv4_quant.conversion.source import not_as_stated
 from dsv4_quant.durable import sync_folder
 from dsv4_quant.errors import UsageError, WriteError
+from dsv4_quant.formats.blocks import Tensor
 from dsv4_quant.progress import Progress
 
 
@@ -49,7 +51,7 @@ def peak_bytes(
     """The most bytes that source and output take beyond those that the source takes alone.
 
     Args:
-        cuts: steps done and bytes of each output file, as ``stream.cuts`` gives them.
+        cuts: steps done and bytes of each output file, as ``plan.cuts`` gives them.
         uses: of ``last_uses``.
         sizes: bytes of the source files.
     """
@@ -83,46 +85,41 @@ def check_movable(plan: Plan, stated: Mapping[str, str]) -> None:
             )
 
 
-def rehearse(plan: Plan, stated: Mapping[str, str], *, workers: int, progress: Progress) -> None:
+def rehearse(plan: Plan, stated: Mapping[str, str], limits: Budget, progress: Progress) -> None:
     """Reads all of the source once and casts it, without writing: so that later nothing can fail.
 
     Raises what the conversion would: SourceDamagedError where a value is not as stated,
     ValueNotExactError, NotANumberError.
     """
-    steps = [step for step in plan.steps if not step.out.is_scale]
+    steps = {step.spec.name: step for step in plan.steps if not step.out.is_scale}
+    heights = {
+        name: panel_rows(step.spec, (step.out.spec.format,), limits.panel_values)
+        for name, step in steps.items()
+    }
     progress.stage("checking the source before any of it is freed")
-    progress.total(sum(step.out.nbytes for step in steps))
-    open_digests: dict[str, TensorDigest] = {}
+    progress.total(sum(step.out.nbytes for step in steps.values()))
 
-    def panels() -> Iterable[tuple[Step, int, int]]:
-        for step in steps:
-            open_digests[step.spec.name] = TensorDigest(*step.spec.matrix)
-            height = panel_rows(step.spec, (step.out.spec.format,))
-            for start, stop in row_ranges(step.spec.matrix[0], height):
-                yield step, start, stop
+    def onlooker() -> Callable[[str, int, Tensor], None]:
+        casts = OnProcessor()
 
-    def worker() -> Callable[[tuple[Step, int, int]], None]:
-        hasher, casts = LeafHasher(), OnProcessor()
-
-        def work(item: tuple[Step, int, int]) -> None:
-            step, start, stop = item
-            name, rows = step.spec.name, step.spec.matrix[0]
-            panel = plan.source.read_rows(name, start, stop, copies=True)
-            digest = open_digests[name]
-            for leaf in hasher.leaves(name, panel, start):
-                digest.add(*leaf)
-            held = Panel(name, start, panel, step.out.spec.format)
+        def see(name: str, first_row: int, panel: Tensor) -> None:
+            step = steps[name]
+            held = Panel(name, first_row, panel, step.out.spec.format)
             if step.lossy:
                 casts.requantise(held, plan.request.rule)
             elif step.operation != COPY:
                 casts.weight(step.operation, held, Proof())
-            if digest.is_complete and digest.hexdigest() != stated[name]:
-                raise not_as_stated(plan.source, name)
-            progress.advance(step.out.nbytes * (stop - start) // rows)
+            rows = step.spec.matrix[0]
+            seen = min(heights[name], rows - first_row)
+            progress.advance(step.out.nbytes * seen // rows)
 
-        return work
+        return see
 
-    work_in_threads(panels(), worker, workers)
+    def digested(name: str, digest: str) -> None:
+        if digest != stated[name]:
+            raise not_as_stated(plan.source, name)
+
+    digest_panels(plan.source, heights, onlooker, digested, limits.workers)
 
 
 @dataclass(slots=True)

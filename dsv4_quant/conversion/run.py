@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4_quant.catalogue import TensorSpec
-from dsv4_quant.checkpoint.manifest import (
-    Manifest,
-)
+from dsv4_quant.checkpoint.manifest import Manifest
 from dsv4_quant.checkpoint.panels import usable_cores
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.budget import budget
@@ -124,7 +122,7 @@ def convert(
             check_movable(plan, stated)
         team.lead(lambda: check_room(plan, target, overwrite=overwrite, move=move))
         if move and freed is None:
-            rehearse(plan, stated, workers=limits.workers, progress=progress)
+            rehearse(plan, stated, limits, progress)
         work = meet(team, target)
         try:
             run = Run(team, work, plan, limits, stamps, stated, progress, move, casts)

@@ -23,6 +23,7 @@ from dsv4_quant.conversion.moving import Mover, last_uses
 from dsv4_quant.conversion.notes import Journal, Notes
 from dsv4_quant.conversion.parts import journal_of, part_of
 from dsv4_quant.conversion.plan import Plan
+from dsv4_quant.conversion.results import Result
 from dsv4_quant.conversion.source import (
     Stamps,
     affected,
@@ -30,7 +31,7 @@ from dsv4_quant.conversion.source import (
     still_holds,
     take_stamps,
 )
-from dsv4_quant.conversion.stream import Result, Stream
+from dsv4_quant.conversion.stream import Stream
 from dsv4_quant.conversion.target import (
     check_empty,
     earlier_output,

@@ -9,31 +9,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant.catalogue import TensorSpec
-from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest
+from dsv4_quant.checkpoint.digest import LeafHasher
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
 from dsv4_quant.conversion.casts import Casts, OnProcessor
 from dsv4_quant.conversion.certificate import find_tile
 from dsv4_quant.conversion.files import OutputFile
 from dsv4_quant.conversion.journal import Resume, Workspace
+from dsv4_quant.conversion.keeping import Keeper
 from dsv4_quant.conversion.moving import Mover
-from dsv4_quant.conversion.notes import Cut, Notes
+from dsv4_quant.conversion.notes import Notes
 from dsv4_quant.conversion.operations import Panel, Proof
-from dsv4_quant.conversion.plan import COPY, Plan, Step, cuts
+from dsv4_quant.conversion.plan import COPY, Plan, Step
+from dsv4_quant.conversion.results import OpenWeight, Result
 from dsv4_quant.conversion.source import not_as_stated
 from dsv4_quant.formats.blocks import SCALES, Tensor
-from dsv4_quant.formats.cost import Cost
 from dsv4_quant.progress import Progress
-
-if TYPE_CHECKING:
-    from dsv4_quant.kernels.figures import Figures
 
 BATCH_BYTES = 1 << 20
 """Small tensors are handed out together until they are worth a thread's while."""
@@ -46,46 +44,6 @@ class Bite:
     step: int
     start: int
     stop: int
-
-
-@dataclass(slots=True)
-class Result:
-    """What a weight's step gives besides its bytes."""
-
-    read: str
-    """Digest of the values that were read."""
-    digest: str
-    """Digest of the values that were written: another only where they were rounded."""
-    proof: Proof
-    cost: Cost | None = None
-    """Of rounding, where that was allowed."""
-    moved: int = 0
-    """Rows that calibration gave other codes than the nearest."""
-
-    def to_json(self) -> list[Any]:
-        """For the journal."""
-        cost = self.cost and self.cost.to_json()
-        return [self.read, self.digest, self.proof.to_json(), cost, self.moved]
-
-    @classmethod
-    def from_json(cls, value: Any) -> Result:
-        """The inverse of to_json."""
-        read, digest, proof, cost, moved = value
-        return cls(read, digest, Proof.from_json(proof), cost and Cost.from_json(cost), moved)
-
-
-@dataclass(slots=True)
-class _OpenWeight:
-    """A weight some of whose bites are still to come."""
-
-    read: TensorDigest
-    written: TensorDigest
-    bites: int
-    proof: Proof = field(default_factory=Proof)
-    figures: dict[int, Figures] = field(default_factory=dict)
-    """By first row, where values may be rounded."""
-    moved: dict[int, int] = field(default_factory=dict)
-    """By first row likewise: how many rows calibration moved."""
 
 
 class Stream:
@@ -104,23 +62,26 @@ class Stream:
         mover: Mover | None = None,
         casts: Callable[[], Casts] = OnProcessor,
     ) -> None:
-        self._plan, self._notes, self._progress = plan, notes, progress
-        self._stated, self._mover, self._casts = stated, mover, casts
-        self._values = values
+        self._plan, self._progress, self._stated = plan, progress, stated
+        self._casts, self._values = casts, values
         self._first = resume.steps
         self.results = {name: Result.from_json(r) for name, r in resume.results.items()}
         self._widest = self._widest_before()
-        self._open: dict[int, _OpenWeight] = {}
-        self._cuts = list(cuts(plan))
+        self._open: dict[int, OpenWeight] = {}
+        self._keeper = Keeper(plan, notes, self.results, mover)
         self._pending, self._room = 0, threading.Condition()
         self._failed: list[BaseException] = []
         self.files: list[OutputFile] = []
         try:
             for index, file in enumerate(plan.files):
-                marks = [cut.get(index, 0) for _, cut in self._cuts]
-                path, moving = work.locate(file.name), mover is not None
                 self.files.append(
-                    OutputFile(path, file.size, marks, kind=plan.request.sums, reserve=not moving)
+                    OutputFile(
+                        work.locate(file.name),
+                        file.size,
+                        self._keeper.marks(index),
+                        kind=plan.request.sums,
+                        reserve=mover is None,
+                    )
                 )
                 if file.name in resume.prefixes:
                     self.files[-1].continue_from(*resume.prefixes[file.name])
@@ -205,9 +166,7 @@ class Stream:
             rows = step.spec.matrix[0]
             height = panel_rows(step.spec, (step.out.spec.format,), self._values)
             if step.owned and not step.out.is_scale:
-                read = TensorDigest(*step.spec.matrix)
-                written = TensorDigest(*step.spec.matrix) if step.lossy else read
-                self._open[index] = _OpenWeight(read, written, -(-rows // height))
+                self._open[index] = OpenWeight.of(step, -(-rows // height))
             for start, stop in row_ranges(rows, height):
                 if not step.needs(start, stop):
                     continue
@@ -264,7 +223,7 @@ class Stream:
         proof.worst = (spread, *find_tile(panel, spread))
 
     def _rounded(
-        self, weight: _OpenWeight, panel: Panel, hasher: LeafHasher, casts: Casts
+        self, weight: OpenWeight, panel: Panel, hasher: LeafHasher, casts: Casts
     ) -> NDArray[Any]:
         """Codes of the rows in their new format; what that costs is kept until the last bite."""
         rounded = casts.requantise(panel, self._plan.request.rule)
@@ -279,17 +238,14 @@ class Stream:
         with self._room:
             weight = self._open[index]
             weight.proof.add(proof)
-            weight.bites -= 1
-            if not weight.bites:
-                step = self._plan.steps[index]
-                name, read = step.spec.name, weight.read.hexdigest()
-                if self._stated.get(name, read) != read:
-                    raise not_as_stated(self._plan.source, name)
-                written = weight.written.hexdigest() if step.lossy else read
-                cost = _cost(weight.figures) if step.lossy else None
-                moved = sum(weight.moved.values())
-                self.results[name] = Result(read, written, weight.proof, cost, moved)
-                del self._open[index]
+            weight.panels -= 1
+            if weight.panels:
+                return
+            result, name = weight.result(), weight.step.spec.name
+            if self._stated.get(name, result.read) != result.read:
+                raise not_as_stated(self._plan.source, name)
+            self.results[name] = result
+            del self._open[index]
 
     def _scales(self, step: Step, bite: Bite, casts: Casts) -> tuple[NDArray[Any], int]:
         """The output's scale rows for a bite, and the number of the first."""
@@ -332,54 +288,21 @@ class Stream:
                     self._room.notify_all()
 
     def _keep_journal(self) -> None:
-        """Records every cut once all bytes before it are hashed, durable after a sync."""
-        done = 0
         try:
-            for steps, marks in self._cuts:
-                if steps > self._first:
-                    if not self._wait_for(marks):
-                        return
-                    for index in marks:
-                        self.files[index].sync()
-                    cut = self._cut(done, steps, marks)
-                    self._notes.record(cut)
-                    if self._plan.source.arrivals is not None:
-                        self._plan.source.arrivals.release(steps)
-                    if self._mover is not None:
-                        self._mover.after_cut(cut)
-                done = steps
+            self._keeper.keep(self.files, self._first, self._wait)
         except BaseException as error:
             self._fail(error)
 
-    def _wait_for(self, marks: dict[int, int]) -> bool:
-        """Until every file is hashed up to its mark; False if the run failed before."""
+    def _wait(self, is_so: Callable[[], bool]) -> bool:
+        """Until it is so, or the run has failed."""
         with self._room:
-            self._room.wait_for(lambda: self._failed or self._reached(marks))
+            self._room.wait_for(lambda: self._failed or is_so())
             return not self._failed
-
-    def _cut(self, done: int, steps: int, marks: dict[int, int]) -> Cut:
-        files = {
-            self._plan.files[index].name: (mark, self.files[index].marked[mark])
-            for index, mark in marks.items()
-        }
-        some = self._plan.steps[done:steps]
-        names = (step.spec.name for step in some if step.owned and not step.out.is_scale)
-        return Cut(steps, files, {name: self.results[name].to_json() for name in names})
-
-    def _reached(self, marks: dict[int, int]) -> bool:
-        return all(self.files[index].hashed >= mark for index, mark in marks.items())
 
     def close(self) -> None:
         """Closes all output files."""
         for file in self.files:
             file.close()
-
-
-def _cost(figures: Mapping[int, Figures]) -> Cost:
-    """Of a whole weight, from its panels' figures."""
-    from dsv4_quant.kernels.figures import cost  # numba, which only rounding needs here
-
-    return cost(figures[first] for first in sorted(figures))
 
 
 def read_scales(source: Checkpoint, spec: TensorSpec, start: int, stop: int) -> NDArray[Any]:
@@ -389,8 +312,3 @@ def read_scales(source: Checkpoint, spec: TensorSpec, start: int, stop: int) -> 
     assert block is not None and kind is not None
     held = source.read_agreed(source.locate(tensor), start // block[0], -(-stop // block[0]))
     return held.view(SCALES[kind])
-
-
-def bytes_done(resume: Resume) -> int:
-    """Bytes that a resumed run need not write again."""
-    return sum(mark for mark, _ in resume.prefixes.values())

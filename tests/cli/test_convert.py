@@ -154,8 +154,8 @@ def test_repack_there_and_back(tmp_path: Path) -> None:
 def test_ctrl_c_ends_it_soon_and_the_same_command_continues(presses: int, tmp_path: Path) -> None:
     slow = """
 import time
-from dsv4_quant.conversion import stream
-stream.cuts.__defaults__ = (1 << 20,)
+from dsv4_quant.conversion import plan, stream
+plan.cuts.__defaults__ = (1 << 20,)
 stream.BATCH_BYTES = 1 << 14
 real = stream.Stream._take
 def take(*args):

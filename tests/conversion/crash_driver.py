@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4_quant.conversion import budget, stream
+from dsv4_quant.conversion import budget, plan, stream
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import convert
 from dsv4_quant.errors import Dsv4Error
@@ -157,8 +157,7 @@ def path_of(fd: int) -> str:
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
     """One conversion in this process."""
-    stream.CUT_BYTES, stream.BATCH_BYTES = job["cut"], 1 << 14
-    stream.cuts.__defaults__ = (job["cut"],)
+    plan.cuts.__defaults__, stream.BATCH_BYTES = (job["cut"],), 1 << 14
     budget.PANEL_VALUES = budget.LEAST_VALUES = 1 << 16
     with Faults(job.get("fault", {})) as faults:
         try:

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from dsv4_quant.catalogue import StoredTensor
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.reader import Checkpoint
+from dsv4_quant.conversion import moving
 from dsv4_quant.conversion import plan as plans
+from dsv4_quant.conversion.budget import Budget
 from dsv4_quant.conversion.journal import FOLDER, FREED
 from dsv4_quant.conversion.moving import last_uses, peak_bytes
 from dsv4_quant.conversion.plan import make_plan
@@ -29,11 +31,19 @@ from dsv4_quant.errors import (
     ValueNotExactError,
     WriteError,
 )
-from tests.conversion.checkpoints import config, formats, tree, write_checkpoint
+from dsv4_quant.progress import NoProgress
+from tests.conversion.checkpoints import (
+    config,
+    formats,
+    tree,
+    write_checkpoint,
+    write_hollow,
+)
 from tests.conversion.conftest import Disk, Outcome
 
 REQUEST = Request("mp", 2, "fp8")
 CUT = 1 << 18
+WIDE = {"hidden_size": 1024, "vocab_size": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +319,17 @@ def test_rounding_is_rehearsed_too(tmp_path: Path, small_cuts: None) -> None:
     with pytest.raises(NotANumberError):
         convert(tmp_path / "src", tmp_path / "out", request, move=True)
     assert tree(tmp_path / "src") == before and not (tmp_path / "out").exists()
+
+
+def test_the_rehearsal_keeps_within_the_memory_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its panels are those of the conversion, not the largest that there are."""
+    seen: dict[str, int] = {}
+    monkeypatch.setattr(moving, "digest_panels", lambda _, heights, *rest: seen.update(heights))
+    with Checkpoint.open(write_hollow(tmp_path / "src", config(**WIDE))) as source:
+        plan = make_plan(source, REQUEST)
+        for values in (1 << 19, 1 << 21):
+            moving.rehearse(plan, {}, Budget(2, values, 0), NoProgress())
+            tall = [rows * source.specs[name].matrix[1] for name, rows in seen.items()]
+            assert len(tall) == len(source.specs) and max(tall) == values

@@ -14,7 +14,7 @@ import pytest
 from blake3 import blake3
 
 from dsv4_quant.checkpoint.sums import HashKind
-from dsv4_quant.conversion import operations, run, stream
+from dsv4_quant.conversion import operations, plan, run, stream
 from dsv4_quant.conversion.budget import Budget
 from dsv4_quant.conversion.files import OutputFile, prefix_hashes
 from dsv4_quant.conversion.request import Request
@@ -30,7 +30,7 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small batches, frequent cuts, and room for only 64 KiB that wait to be hashed."""
     monkeypatch.setattr(run, "budget", lambda *args, **kwargs: Budget(2, 1 << 13, 0))
     monkeypatch.setattr(stream, "BATCH_BYTES", 1 << 12)
-    monkeypatch.setattr(stream.cuts, "__defaults__", (1 << 16,))
+    monkeypatch.setattr(plan.cuts, "__defaults__", (1 << 16,))
 
 
 def in_time(call: Callable[[], Any], seconds: float = 20) -> BaseException | None:
