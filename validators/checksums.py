@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
+from dsv4_quant.checkpoint.ahead import WINDOW, will_read
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.reader import Bytes
 from dsv4_quant.checkpoint.sums import LISTS, HashKind, new_hash
@@ -22,7 +23,11 @@ def hash_file(
     """A file's hashes of these kinds, read once, through the buffer. Raises OSError."""
     hashes, view = {kind: new_hash(kind) for kind in kinds}, buffer.data
     with path.open("rb", buffering=0) as file:
+        at = 0
+        will_read(file.fileno(), 0, WINDOW)
         while count := file.readinto(view):
+            will_read(file.fileno(), at + WINDOW, at + WINDOW + count)
+            at += count
             for hash in hashes.values():
                 hash.update(view[:count])
             advance(count)

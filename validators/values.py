@@ -134,6 +134,13 @@ class ValuesPass:
     def _is_rounded(self, name: str) -> bool:
         return name in self._records and self._records[name].source is not None
 
+    def announce(self, panel: Panel) -> int:
+        """Tells the disk that a panel will be read; how many bytes of both checkpoints that are."""
+        name, both = panel.weight.spec.name, [self._checkpoint]
+        if panel.weight.is_compared and self._other is not None:
+            both.append(self._other)
+        return sum(held.announce(name, panel.start, panel.stop) for held in both)
+
     def work(self, panel: Panel, hasher: LeafHasher) -> None:
         """One panel; called from any thread, each with a hasher of its own."""
         weight, began = panel.weight, time.perf_counter()

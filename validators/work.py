@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv4_quant.checkpoint.ahead import announced
 from dsv4_quant.checkpoint.digest import LeafHasher
 from dsv4_quant.checkpoint.panels import work_in_threads
 from dsv4_quant.checkpoint.reader import Bytes
@@ -86,7 +87,8 @@ class Work:
         for file, items in panels.items():
             if file in self.to_hash:
                 yield file
-            yield from items
+            assert values is not None
+            yield from announced(items, values.announce)
 
     def _hash(self, file: str, buffer: Bytes) -> None:
         began = time.perf_counter()

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from dsv4_quant.checkpoint.ahead import announced
 from dsv4_quant.checkpoint.digest import LeafHasher, TensorDigest, model_digest
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, usable_cores, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
@@ -101,7 +102,8 @@ def digest_panels(
 
         return work
 
-    work_in_threads(panels(), worker, workers, checkpoint.halt)
+    items = announced(panels(), lambda item: checkpoint.announce(*item))
+    work_in_threads(items, worker, workers, checkpoint.halt)
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant.catalogue import Catalogue, Layout, StoredTensor, TensorSpec, stored
+from dsv4_quant.checkpoint.ahead import will_read
 from dsv4_quant.checkpoint.folder import INDEX, Folder, check_inside, survey
 from dsv4_quant.checkpoint.matching import match, placed
 from dsv4_quant.checkpoint.placement import geometry
@@ -42,6 +44,11 @@ class Extent:
     rows: int
     column: int
     row_bytes: int
+
+    def rows_at(self, start: int, stop: int) -> tuple[int, int]:
+        """Of the tensor's rows [start, stop) those that lie here: where in the file, how many."""
+        first, last = max(start, self.row), min(stop, self.row + self.rows)
+        return self.offset + (first - self.row) * self.row_bytes, max(last - first, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +172,25 @@ class Checkpoint:
                 )
         return held
 
+    def announce(self, name: str, start: int, stop: int, *, codes: bool = True) -> int:
+        """Tells the disk that rows [start, stop) of a weight will be read, with every copy, or
+        without ``codes`` only their scales; how many bytes that are."""
+        weight, *scale = self.stored(self.specs[name])
+        b = self.specs[name].format.block
+        wanted = [(weight, start, stop)] if codes else []
+        wanted += [(held, start // b[0], -(-stop // b[0])) for held in scale if b is not None]
+        count = 0
+        for tensor, first, last in wanted:
+            located = self.locate(tensor)
+            for extent in (*located.extents, *located.copies):
+                offset, rows = extent.rows_at(first, last)
+                count += rows * extent.row_bytes
+                if self.arrivals is None and rows:
+                    with suppress(OSError, SourceChangedError):  # reading will find the words
+                        fd = self._files.descriptor(extent.file)
+                        will_read(fd, offset, offset + rows * extent.row_bytes)
+        return count
+
     def read_bytes(
         self, located: Located, start: int, stop: int, out: Bytes | None = None
     ) -> Bytes:
@@ -172,15 +198,15 @@ class Checkpoint:
         width = located.row_bytes
         buffer = np.empty((stop - start, width), np.uint8) if out is None else out
         for extent in located.extents:
-            first, last = max(start, extent.row), min(stop, extent.row + extent.rows)
-            if first >= last:
+            offset, rows = extent.rows_at(start, stop)
+            if not rows:
                 continue
-            offset = extent.offset + (first - extent.row) * extent.row_bytes
-            part = buffer[first - start : last - start]
+            first = max(start, extent.row) - start
+            part = buffer[first : first + rows]
             if extent.row_bytes == width:
                 self.read_into(extent.file, offset, part)
             else:
-                slices = np.empty((last - first, extent.row_bytes), np.uint8)
+                slices = np.empty((rows, extent.row_bytes), np.uint8)
                 self.read_into(extent.file, offset, slices)
                 part[:, extent.column : extent.column + extent.row_bytes] = slices
         return buffer

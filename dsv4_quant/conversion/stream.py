@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_quant.catalogue import TensorSpec
+from dsv4_quant.checkpoint.ahead import announced
 from dsv4_quant.checkpoint.digest import LeafHasher
 from dsv4_quant.checkpoint.panels import panel_rows, row_ranges, work_in_threads
 from dsv4_quant.checkpoint.reader import Checkpoint
@@ -146,7 +147,7 @@ class Stream:
         The wait is here, where batches are handed out in order: a batch that has been handed out
         never waits, so the one that closes a gap cannot wait for those behind it.
         """
-        for batch in self._batches():
+        for batch in announced(self._batches(), self._announce):
             with self._room:
                 self._room.wait_for(lambda: self._pending < limit or self._failed)
                 if self._failed:
@@ -177,6 +178,13 @@ class Stream:
                     batch, size = [], 0
         if batch:
             yield batch
+
+    def _announce(self, batch: list[Bite]) -> int:
+        source, steps = self._plan.source, ((bite, self._plan.steps[bite.step]) for bite in batch)
+        return sum(
+            source.announce(step.spec.name, bite.start, bite.stop, codes=step.needs_codes)
+            for bite, step in steps
+        )
 
     def _take(self, bite: Bite, hasher: LeafHasher, casts: Casts) -> None:
         """One bite, all the way from the source to the output files."""
