@@ -1,5 +1,5 @@
 """How much of the device's copy bandwidth each Triton kernel reaches, and what whole conversions
-gain from the device.
+and forward passes gain from the device.
 
     python -m benchmarks.kernels [--tokens 8192] [--size 4] [--folder FOLDER]
 
@@ -7,7 +7,8 @@ Shapes are V4-Flash's; a stack of experts is cast in one launch. Bytes are those
 every operand read once, every result written once (a lossy cast's figures are results too), and for
 sparse_attn the listed keys. The yardstick is a plain device copy of 1 GiB, counted
 the same way (read and written). A conversion's yardstick is the disk: cp and sync of its output,
-right after it. Needs a GPU; without one it says so and ends well.
+right after it. Products and passes: ``benchmarks.products``. Needs a GPU; without one it says so
+and ends well.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import products
 from benchmarks.conversion import checkpoint
 from benchmarks.timing import copy, dsv4, forget, remove, size_of
 from dsv4_quant.config import FP8_BLOCK
@@ -61,17 +63,24 @@ def main() -> None:
         seconds = _seconds(call)
         rate = moved / seconds
         print(f"{name:40} {seconds * 1e3:9.3f} {rate / 1e9:8.0f} {rate / yardstick:8.0%}")
+    print(products.HEAD)
+    for row in products.product_rows(torch.device("cuda"), seconds=_seconds):
+        print(row, flush=True)
     print(f"{'conversion, cold source':40} {'s':>9} {'GB/s out':>8} {'of cp':>8} {'s of CPU':>9}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for row in _conversions(Path(folder), options.size, options.rounds):
+        source = checkpoint(Path(folder), options.size)
+        for row in _conversions(source, Path(folder), options.rounds):
+            print(row, flush=True)
+        print(products.PASS_HEAD)
+        for row in products.pass_rows(source, Path(folder), options.rounds):
             print(row, flush=True)
 
 
 def _conversions(
-    folder: Path, gigabytes: float, rounds: int, devices: tuple[str, ...] = ("cpu", "cuda")
+    fp4: Path, folder: Path, rounds: int, devices: tuple[str, ...] = ("cpu", "cuda")
 ) -> Iterator[str]:
     """A line for each conversion on each device: medians; the first round of a device compiles."""
-    fp4, bf16 = checkpoint(folder, gigabytes), folder / "bf16"
+    bf16 = folder / "bf16"
     dsv4("convert", str(fp4), str(bf16), "--layout", "hf", "--experts", "bf16", "--quiet")
     for name, (held, options) in CONVERSIONS.items():
         source = {"fp4": fp4, "bf16": bf16}[held]

@@ -35,7 +35,8 @@ def run(command: Sequence[str], allowed: Collection[int] = (0,), **environment: 
         env={**os.environ, **environment},
     )
     assert process.stdout is not None
-    output = process.stdout.read()
+    with process.stdout:
+        output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.monotonic() - began

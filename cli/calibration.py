@@ -19,6 +19,7 @@ from dsv4_quant.progress import Progress
 if TYPE_CHECKING:
     from dsv4_quant.calibration import Calibration
     from dsv4_quant.conversion.summary import PlanSummary
+    from dsv4_quant.model.on_device import Device
 
 LEAST_MEMORY = 1 << 30
 """Room for a few factors of V4-Pro's width beside the conversion; the forward pass is not in it."""
@@ -69,9 +70,12 @@ def check_plan(plan: PlanSummary, tokens: Path | None, max_memory: int) -> None:
 
 @contextmanager
 def factors(
-    source: Path, tokens: Path | None, out: Path, progress: Progress
+    source: Path, tokens: Path | None, out: Path, progress: Progress, device: Device
 ) -> Iterator[Calibration | None]:
-    """The calibration, while its files are there: beside OUT, and removed at the end."""
+    """The calibration, while its files are there: beside OUT, and removed at the end.
+
+    ``device``: what computes the forward pass.
+    """
     if tokens is None:
         yield None
         return
@@ -87,7 +91,7 @@ def factors(
         raise WriteError(f"No room for calibrating: {error.strerror}", file=folder) from None
     try:
         with Checkpoint.open(source) as ckpt:
-            found = collect(ckpt, prompts, folder, progress=progress)
+            found = collect(ckpt, prompts, folder, device=device, progress=progress)
             yield found
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -95,10 +95,12 @@ def run(
     quiet: bool,
     page: str | None = None,
     fingerprint: Path | None = None,
-    device: Device = "cpu",
+    device: Device | None = None,
     calibrate: Path | None = None,
 ) -> None:
-    """Plans or converts, and tells the result."""
+    """Plans or converts, and tells the result. ``device``: what casts, and computes passes; None:
+    the processor casts, and for passes a GPU is looked for."""
+    casting, computing = device or "cpu", device or "auto"
     report_page.check(request, page, fingerprint, (src, out), json)
     calibration.check(request, calibrate, move=move, alone=here().size == 1)
     check_early(out, overwrite=overwrite)  # before the hub is asked
@@ -112,21 +114,21 @@ def run(
             plan = plan_conversion(
                 source.folder, out, request,
                 workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-                arrivals=source.arrivals, device=device,
+                arrivals=source.arrivals, device=casting,
             )  # fmt: skip
             report_page.check_plan(plan, page)
             calibration.check_plan(plan, calibrate, max_memory)
         if not dry_run:
-            with calibration.factors(source.folder, calibrate, out, progress) as factors:
+            with calibration.factors(source.folder, calibrate, out, progress, computing) as factors:
                 report = convert(
                     source.folder, out, request,
                     workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-                    arrivals=source.arrivals, progress=progress, team=here(), device=device,
+                    arrivals=source.arrivals, progress=progress, team=here(), device=casting,
                     factors=factors,
                 )  # fmt: skip
             judged = None
             if fingerprint is not None and here().is_first:
-                judged = report_page.judge(report, fingerprint, progress)
+                judged = report_page.judge(report, fingerprint, progress, computing)
     if dry_run:
         emit(describe_plan(plan), {**asdict(plan), "fits": plan.fits}, json_to=json, quiet=quiet)
         raise typer.Exit(0 if plan.fits else 1)

@@ -88,13 +88,15 @@ def command(
     fingerprint: Recorded = None,
     dry_run: DryRun = False,
     device: Annotated[
-        Device,
+        Device | None,
         typer.Option(
             "--device",
-            help="What casts; the bytes are the same. cuda: a GPU, and the processor checks samples"
-            " of its work. Tested in PyTorch on CPUs and in Triton's interpreter, on no GPU yet.",
+            help="What casts, and computes the forward passes of --calibrate and --fingerprint; the"
+            " bytes are the same. cuda: a GPU, and the processor checks samples of its work. Tested"
+            " in PyTorch on CPUs and in Triton's interpreter, on no GPU yet.  [default: cpu casts;"
+            " a GPU computes if there is one and it passes a test]",
         ),
-    ] = Device.cpu,
+    ] = None,
     workers: Workers = None,
     max_memory: MaxMemory = "4GiB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
@@ -122,8 +124,8 @@ def command(
         src, out,
         make_request(gpus, layout, experts, dense, sums, lossy=lossy, rule=scale_rule),
         dry_run=dry_run, workers=workers, max_memory=max_memory, overwrite=overwrite, move=move,
-        json=json, quiet=quiet, page=report, fingerprint=fingerprint, device=device.value,
-        calibrate=calibrate,
+        json=json, quiet=quiet, page=report, fingerprint=fingerprint, calibrate=calibrate,
+        device=None if device is None else device.value,
     )  # fmt: skip
 
 

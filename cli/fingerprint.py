@@ -12,7 +12,7 @@ import typer
 
 from dsv4_quant.cli.appear import appearing, target
 from dsv4_quant.cli.forward import Activations, Arithmetic, HowExact, HowStored, Threads
-from dsv4_quant.cli.options import Debug, Json, Quiet
+from dsv4_quant.cli.options import Computes, Debug, Device, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.reading import describe_reading
@@ -62,6 +62,7 @@ def command(
         ),
     ] = False,
     threads: Threads = None,
+    device: Computes = Device.auto,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -108,8 +109,8 @@ def command(
             made = make_fingerprint(
                 found(path, progress), given,
                 arithmetic=arithmetic.value, activations=activations.value,
-                digest=digest, threads=threads, progress=progress, team=here(),
-                told=readings.append,
+                digest=digest, threads=threads, device=device.value, progress=progress,
+                team=here(), told=readings.append,
             )  # fmt: skip
     data = to_json(made)
     if here().is_first:

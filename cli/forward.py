@@ -11,7 +11,7 @@ import typer
 
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.cli.appear import appearing, check_room, target
-from dsv4_quant.cli.options import At, Debug, Json, Quiet
+from dsv4_quant.cli.options import At, Computes, Debug, Device, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.reading import describe_reading
@@ -69,6 +69,7 @@ def command(
     ] = 0,
     mtp: Annotated[bool, typer.Option("--mtp", help="Run the MTP block, too.")] = False,
     threads: Threads = None,
+    device: Computes = Device.auto,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -110,6 +111,7 @@ def command(
                 checkpoint, prompts,
                 arithmetic=arithmetic.value, activations=activations.value,
                 decode=decode, mtp=mtp, observer=file, threads=threads, keep_logits=False,
+                device=device.value,
             )  # fmt: skip
     hit = [len(experts) for experts in result.experts_hit]
     seconds = time.monotonic() - began

@@ -42,6 +42,10 @@ class LogitsFile(Observer):
         self._file.seek(self._data_start + entry.start + first * self._row_bytes)
         self._file.write(rows.numpy().data)
 
+    def note(self, text: str) -> None:
+        """Passed on."""
+        self._progress.note(text)
+
     def read(self, count: int) -> None:
         """Passed on."""
         self._progress.read(count)

@@ -12,6 +12,14 @@ from typing import Annotated
 import typer
 
 
+class Device(StrEnum):
+    """What computes the products of a forward pass."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Sums(StrEnum):
     """Which hash the files get."""
 
@@ -47,6 +55,16 @@ Workers = Annotated[
         min=1,
         max=256,
         help="Threads of a process; its share of the cores if unsaid.",
+    ),
+]
+Computes = Annotated[
+    Device,
+    typer.Option(
+        "--device",
+        help="What computes the products of the forward pass; the bits are the same. auto: a GPU if"
+        " there is one and it passes a test, else the processor. cuda: a GPU. The processor checks"
+        " samples of its work. Tested in PyTorch on CPUs and in Triton's interpreter, on no GPU"
+        " yet.",
     ),
 ]
 At = Annotated[

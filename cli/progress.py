@@ -74,6 +74,13 @@ class Bar:
             if self._bar is not None:
                 self._bar.set_postfix_str(f"{size(count)} read", refresh=False)
 
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        from tqdm import tqdm
+
+        with self._lock:
+            tqdm.write(text, file=self._stream)
+
     def close(self) -> None:
         """Ends the current bar."""
         if self._bar is not None:
@@ -113,6 +120,10 @@ class Lines:
     def read(self, count: int) -> None:
         """Told with the next line."""
         self._read = count
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self._print(text)
 
     def close(self) -> None:
         """Tells the end of the current stage."""

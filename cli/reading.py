@@ -1,4 +1,4 @@
-"""What a forward pass read, in a line: so that a user sees what limits it, disk or processor."""
+"""What a forward pass read and who multiplied, in a line: so that a user sees what limits it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ def describe_reading(reading: Reading) -> str:
     return (
         f"read {size(reading.bytes_read)} of {size(reading.bytes_needed)} needed in"
         f" {_seconds(reading.seconds)}: {_seconds(reading.waited)} waiting for the disk, which gave"
-        f" {size(reading.rate)}/s while it was asked"
+        f" {size(reading.rate)}/s while it was asked{_with(reading.device)}"
     )
+
+
+def _with(device: str) -> str:
+    """Nothing of the processor: it takes part in every pass."""
+    return "" if device == "cpu" else f"; products by {device}"
 
 
 def _seconds(seconds: float) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dsv4_quant.conversion.request import Request
     from dsv4_quant.conversion.run import ConvertReport
     from dsv4_quant.conversion.summary import PlanSummary
+    from dsv4_quant.model.on_device import Device
     from dsv4_quant.reports.closeness import Closeness
 
 Page = Annotated[
@@ -107,8 +108,13 @@ def requantised(report: ConvertReport) -> list[str]:
     return lines
 
 
-def judge(report: ConvertReport, fingerprint: Path, progress: Progress) -> Closeness | None:
-    """How far OUT's answers are from those recorded. Raises UsageError for another checkpoint's."""
+def judge(
+    report: ConvertReport, fingerprint: Path, progress: Progress, device: Device
+) -> Closeness | None:
+    """How far OUT's answers are from those recorded. Raises UsageError for another checkpoint's.
+
+    ``device``: what computes the forward pass.
+    """
     from dsv4_quant.checkpoint import Checkpoint
     from dsv4_quant.fingerprints.parse import read_fingerprint
     from dsv4_quant.reports.closeness import closeness
@@ -125,7 +131,7 @@ def judge(report: ConvertReport, fingerprint: Path, progress: Progress) -> Close
             hint=f"{report.out} is complete. Give a fingerprint of SRC.",
         )
     with Checkpoint.open(report.out) as ckpt:
-        verdict = check_fingerprint(ckpt, recorded, gate="lossy", progress=progress)
+        verdict = check_fingerprint(ckpt, recorded, gate="lossy", device=device, progress=progress)
     if verdict.comparison is None or verdict.gate is None:
         return None
     return closeness(verdict.comparison, verdict.gate, verdict.why)

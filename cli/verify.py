@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_quant.cli.options import At, Debug, Json, Quiet, Workers, writable
+from dsv4_quant.cli.options import At, Computes, Debug, Device, Json, Quiet, Workers, writable
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.sources import found, source
@@ -81,6 +81,7 @@ def command(
         ),
     ] = None,
     workers: Workers = None,
+    device: Computes = Device.auto,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -114,7 +115,7 @@ def command(
         report = verify(
             folder, chosen.value,
             against=other, fingerprint=fingerprint, gate=None if gate is None else gate.value,
-            workers=workers, progress=progress, team=here(),
+            workers=workers, device=device.value, progress=progress, team=here(),
         )  # fmt: skip
     report = replace(report, path=path)
     if here().is_first:

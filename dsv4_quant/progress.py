@@ -23,6 +23,9 @@ class Progress(Protocol):
     def read(self, count: int) -> None:
         """So many bytes were read in this part, which is counted in something else."""
 
+    def note(self, text: str) -> None:
+        """Something to know that is no error, in a line."""
+
 
 class NoProgress:
     """Tells nobody."""
@@ -37,4 +40,7 @@ class NoProgress:
         """Nothing."""
 
     def read(self, count: int) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
         """Nothing."""

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_quant.errors import UsageError
 from dsv4_quant.formats import e8m0
 from dsv4_quant.formats.blocks import Format
 from dsv4_quant.formats.blocks import Tensor as Weight
@@ -22,31 +21,15 @@ from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels import ops
 from dsv4_quant.kernels.blocks_torch import spread_blocks
 from dsv4_quant.kernels.figures import EXACT, FLUSHED, SATURATED, Figures
-from dsv4_quant.kernels.lane_torch import Array, Lane
+from dsv4_quant.kernels.lane_torch import Array, Hints, Lane
 from dsv4_quant.kernels.quantised_torch import Quantised
 from dsv4_quant.kernels.verdicts import EXACT as EXACT_TILE
 
-NO_GPU = "No CUDA device can be used"
-ON_CPU = "--device cpu does the same on the processor."
-
-
-def find_gpu(rank: int = 0) -> torch.device:
-    """One of the GPUs that this process may use; the processes of a team share them out.
-
-    Raises UsageError where there is none that works.
-    """
-    if not torch.cuda.is_available():
-        raise UsageError(f"{NO_GPU} here", hint=ON_CPU)
-    return check_usable(torch.device("cuda", rank % torch.cuda.device_count()))
-
-
-def check_usable(device: torch.device) -> torch.device:
-    """The device, if its memory can be had and its kernels chosen; else UsageError."""
-    try:
-        ops.choose_backend(None, torch.empty(1, device=device))
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{NO_GPU}: {str(error).splitlines()[0]}", hint=ON_CPU) from error
-    return device
+HINTS = Hints(
+    full="Take fewer --workers or less --max-memory, or --device cpu; the same command then"
+    " continues.",
+    failed="Run the same command again, or with --device cpu: it continues from there.",
+)
 
 
 class DeviceCasts:
@@ -57,7 +40,7 @@ class DeviceCasts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._lane = Lane(device)
+        self._lane = Lane(device, HINTS)
 
     def fp4_to_fp8(self, held: Weight, after: Format) -> tuple[Array, Counter[int]] | None:
         """Codes, and how many tiles have which spread of scale bytes; blocks of zeros aside."""

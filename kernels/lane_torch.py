@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -39,12 +40,20 @@ _LAUNCHING = threading.Lock()
 """Triton compiles at a kernel's first launch, and its interpreter has one state for all threads."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a user can do where a device fails; sentences."""
+
+    full: str = "Make room there, or take --device cpu."
+    failed: str = "Run the same command again, or with --device cpu."
+
+
 class Lane:
     """One thread's; not shared."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, hints: Hints | None = None) -> None:
         is_gpu = device.type == "cuda"
-        self._device = device
+        self._device, self._hints = device, hints or Hints()
         self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
         self._inwards, self._outwards = _Staging(pinned=is_gpu), _Staging(pinned=is_gpu)
 
@@ -60,7 +69,7 @@ class Lane:
                     made = compute(*sent)
                 return self._fetch(made)
         except RuntimeError as error:
-            raise _failure(error, self._device) from error
+            raise _failure(error, self._device, self._hints) from error
 
     def _send(self, arrays: Sequence[Array]) -> list[Tensor]:
         """One copy for all; on a CPU it is no copy but the staging memory itself."""
@@ -112,15 +121,11 @@ class _Staging:
         return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
-def _failure(error: RuntimeError, device: torch.device) -> DeviceError:
+def _failure(error: RuntimeError, device: torch.device, hints: Hints) -> DeviceError:
     lines = str(error).strip().splitlines()
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-        return DeviceError(
-            f"The device {device} has too little free memory for the casts",
-            hint="Take fewer --workers or less --max-memory, or --device cpu; the same command"
-            " then continues.",
-        )
+        return DeviceError(f"The device {device} has too little free memory", hint=hints.full)
     return DeviceError(
         f"The device {device} failed: {lines[0] if lines else type(error).__name__}",
-        hint="Run the same command again, or with --device cpu: it continues from there.",
+        hint=hints.failed,
     )

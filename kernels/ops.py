@@ -14,6 +14,7 @@ act_quant          exact  activations to FP8, one power-of-two scale per group
 fp4_act_quant      exact  activations to FP4, the same
 block_dequant      exact  FP8 and FP4 with block scales to numbers
 hadamard           exact  the rotation before fp4_act_quant
+ordered_gemm       exact  float32 products, each sum in an order that is written down
 fp8_gemm           bound  quantised activations times an FP8 weight
 fp4_gemm           bound  quantised activations times an FP4 weight
 sparse_attn        bound  attention to listed keys, with a sink
@@ -40,6 +41,7 @@ from dsv4_quant.formats.blocks import FP4, Format
 from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.defaults import ACT_GROUP, FP4_GROUP, FP8
 from dsv4_quant.kernels.fp4_to_fp8_torch import Fp8Tiles
+from dsv4_quant.kernels.ordered_gemm_torch import BLOCK
 from dsv4_quant.kernels.quantised_torch import Quantised
 
 Backend = Literal["torch", "triton"]
@@ -186,6 +188,16 @@ def block_dequant(
 def hadamard(x: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``x @ H * D**-0.5`` over the last axis. All of it: ``hadamard_torch.hadamard``."""
     return cast(Tensor, _call("hadamard", backend, (x,)))
+
+
+def ordered_gemm(
+    x: Tensor, w: Tensor, block: int | None = BLOCK, *, backend: Backend | None = None
+) -> Tensor:
+    """``x @ w.T`` ``[M, N]`` of float32 matrices, the same bits on every machine.
+
+    All of it: ``ordered_gemm_torch.ordered_gemm``.
+    """
+    return cast(Tensor, _call("ordered_gemm", backend, (x, w), block))
 
 
 def fp8_gemm(

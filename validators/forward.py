@@ -22,6 +22,7 @@ from dsv4_quant.fingerprints.parse import read_fingerprint
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Script
 from dsv4_quant.model import Reading
+from dsv4_quant.model.on_device import Device
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 from dsv4_quant.validators.apart import CHECK, findings_of
@@ -65,6 +66,7 @@ def check_fingerprint(
     *,
     gate: Gate | None = None,
     threads: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
     team: Team | None = None,
 ) -> Verdict:
@@ -75,6 +77,7 @@ def check_fingerprint(
         gate: the one to apply; if not given, lossy where the manifest says that weights were
             rounded from what the fingerprint is of, else the strictest that both machines allow.
         threads: of a process, for the pass; they change no bit.
+        device: what computes the products, as in ``model.forward``; it changes no bit either.
         team: the processes that share the prompts.
 
     Raises:
@@ -88,7 +91,7 @@ def check_fingerprint(
     _check_ids(recorded, ckpt)
     script, findings = _script(recorded.script, ckpt)
     try:
-        fresh = record(ckpt, script, threads=threads, progress=progress, team=team)
+        fresh = record(ckpt, script, threads=threads, device=device, progress=progress, team=team)
     except (NotANumberError, SourceDamagedError, UnreadableError) as stopped:
         meaning = "The pass was stopped there. `dsv4-quant verify` names every damaged weight."
         found = error(CHECK, stopped.what, meaning, tensor=stopped.tensor)

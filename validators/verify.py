@@ -48,6 +48,7 @@ from dsv4_quant.validators.work import Hashed, Work
 if TYPE_CHECKING:
     from dsv4_quant.fingerprints.gates import Gate
     from dsv4_quant.model import Reading
+    from dsv4_quant.model.on_device import Device
 
 
 def verify(
@@ -58,6 +59,7 @@ def verify(
     fingerprint: Path | None = None,
     gate: Gate | None = None,
     workers: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
     team: Team | None = None,
 ) -> Report:
@@ -75,6 +77,8 @@ def verify(
         gate: bit, numeric or lossy; if not given, the strictest that the machines allow, or lossy
             where the manifest says that weights were rounded from what the fingerprint is of.
         workers: threads of a process; one per core if not given.
+        device: what computes the products of the forward pass: cpu, the processor; cuda, a GPU;
+            auto, a GPU where there is one that passes its test. It changes no bit.
         progress: is told how far it is.
         team: the processes that share the work.
 
@@ -84,8 +88,8 @@ def verify(
     """
     return judge(
         path, level,
-        against=against, fingerprint=fingerprint, gate=gate, workers=workers, progress=progress,
-        team=team,
+        against=against, fingerprint=fingerprint, gate=gate, workers=workers, device=device,
+        progress=progress, team=team,
     ).report  # fmt: skip
 
 
@@ -108,6 +112,7 @@ def judge(
     fingerprint: Path | None = None,
     gate: Gate | None = None,
     workers: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
     team: Team | None = None,
     to_pin: HashKind | None = None,
@@ -148,7 +153,9 @@ def judge(
         checks += more
     said = reading = None
     if fingerprint is not None:
-        wrong, check, said, reading = _forward(subject, fingerprint, gate, workers, progress, team)
+        wrong, check, said, reading = _forward(
+            subject, fingerprint, gate, workers, device, progress, team
+        )
         findings += wrong
         checks.append(check)
     digests = {} if values is None else values.found.digests
@@ -247,6 +254,7 @@ def _forward(
     fingerprint: Path,
     gate: Gate | None,
     workers: int | None,
+    device: Device,
     progress: Progress,
     team: Team,
 ) -> tuple[list[Finding], Check, str, Reading | None]:
@@ -261,8 +269,9 @@ def _forward(
         return [found], Check("forward"), text, None
     with ckpt:
         verdict = check_fingerprint(
-            ckpt, fingerprint, gate=gate, threads=workers, progress=progress, team=team
-        )
+            ckpt, fingerprint,
+            gate=gate, threads=workers, device=device, progress=progress, team=team,
+        )  # fmt: skip
     reading = verdict.reading
     check = Check(
         "forward",

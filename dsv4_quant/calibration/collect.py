@@ -19,6 +19,7 @@ from torch import Tensor
 from dsv4_quant.calibration.inputs import PARTS, Calibration, Place, part_file, scratch_bytes
 from dsv4_quant.errors import DiskSpaceError, NotANumberError, WriteError
 from dsv4_quant.model import Observer, forward
+from dsv4_quant.model.on_device import Device
 from dsv4_quant.model.weights import Source
 from dsv4_quant.progress import NoProgress, Progress
 
@@ -29,6 +30,7 @@ def collect(
     folder: Path,
     *,
     threads: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
 ) -> Calibration:
     """Runs the pass, through the MTP block where its forward pass is known.
@@ -38,6 +40,7 @@ def collect(
         prompts: token ids; the more and the more varied, the more experts they reach.
         folder: exists and is empty; takes up to ``scratch_bytes``, and stays.
         threads: they change no bit.
+        device: what computes the products, as in ``model.forward``; it changes no bit either.
 
     Raises:
         UsageError: empty prompts, or ids outside the vocabulary.
@@ -56,7 +59,10 @@ def collect(
     mtp = config.num_mtp_blocks == 1 and not config.is_dspark
     try:
         with _Collector(folder, tokens, progress or NoProgress()) as collector:
-            forward(ckpt, prompts, mtp=mtp, observer=collector, threads=threads, keep_logits=False)
+            forward(
+                ckpt, prompts,
+                mtp=mtp, observer=collector, threads=threads, keep_logits=False, device=device,
+            )  # fmt: skip
     except OSError as error:
         raise WriteError(f"Writing failed: {error.strerror}", file=folder) from error
     return Calibration(folder, ckpt.specs, collector.places, prompts)
@@ -89,6 +95,10 @@ class _Collector(Observer):
         self._is_written[at] = True
         self.places[layer, expert] = Place(self._start, len(at))
         self._start += len(at)
+
+    def note(self, text: str) -> None:
+        """Tells the progress."""
+        self._progress.note(text)
 
     def finished(self, done: int, total: int) -> None:
         """Tells the progress."""

@@ -38,18 +38,22 @@ CHECK_EVERY = 64
 Array = NDArray[Any]
 
 
-def casts_on(device: Device, rank: int = 0) -> Callable[[], Casts]:
-    """What makes a thread's casts. Raises UsageError where the device cannot be used."""
+def casts_on(device: Device, local: int = 0) -> Callable[[], Casts]:
+    """What makes a thread's casts. Raises UsageError where the device cannot be used.
+
+    ``local``: which process of its machine this is: each takes a GPU of its own.
+    """
     if device == "cpu":
         return OnProcessor
     try:
         from dsv4_quant.kernels import device_casts_torch as there
+        from dsv4_quant.kernels import gpu_torch
     except ImportError as error:
         raise UsageError(
             f"No CUDA device can be used: PyTorch cannot be loaded ({error})",
             hint="--device cpu does the same on the processor.",
         ) from None
-    gpu = there.find_gpu(rank)
+    gpu = gpu_torch.find_gpu(local)
     return lambda: OnDevice(there.DeviceCasts(gpu), CHECK_EVERY)
 
 

@@ -94,7 +94,7 @@ def convert(
     """
     began = time.monotonic()
     team, target = team or Team(), Path(out)
-    casts = casts_on(device, team.rank)
+    casts = casts_on(device, team.local)
     if factors is not None:
         request = replace(request, calibration=factors.describe())
         casts = partial(_calibrated, casts, factors)

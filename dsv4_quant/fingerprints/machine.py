@@ -1,10 +1,11 @@
 """Where the bits of a forward pass come from. Two machines of one class give the same bits.
 
-Products and sums have a fixed order of IEEE operations, the same on every CPU (``model.dot``). What
-is left to PyTorch is ``exp`` and its like, whose last bit depends on its version and on the vector
-unit that it found. Measured: AVX2 and AVX-512 gave the same bits, the code for CPUs without either
-did not (tests/fingerprints/thresholds.json). They count as different classes all the same; equal
-bits are accepted whatever the class.
+Products and sums have a fixed order of IEEE operations, the same on every CPU (``model.dot``) and
+on a GPU (``model.on_device``), which computes nothing else. What is left to PyTorch, on the CPU, is
+``exp`` and its like, whose last bit depends on its version and on the vector unit that it found.
+Measured: AVX2 and AVX-512 gave the same bits, the code for CPUs without either did not
+(tests/fingerprints/thresholds.json). They count as different classes all the same; equal bits are
+accepted whatever the class.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from dsv4_quant.fingerprints.prompts import choose_prompts
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Activations, Arithmetic, make_script
 from dsv4_quant.model import Reading
+from dsv4_quant.model.on_device import Device
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 
@@ -27,6 +28,7 @@ def make_fingerprint(
     activations: Activations = "float32",
     digest: bool = False,
     threads: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
     team: Team | None = None,
     told: Callable[[Reading], None] | None = None,
@@ -38,6 +40,7 @@ def make_fingerprint(
         prompts: token ids; if not given, prompts that exercise the model (``prompts``).
         digest: compute the value digest where no manifest states it; reads every byte.
         threads: of a process, for the pass; they change no bit.
+        device: what computes the products, as in ``model.forward``; it changes no bit either.
         team: the processes that share the prompts.
         told: is given what the pass read, and how long it waited for that.
 
@@ -58,8 +61,9 @@ def make_fingerprint(
             progress.stage("value digest")
             known = model_digest(digest_tensors(ckpt, progress=progress, team=team))
         recording = record(
-            ckpt, script, value_digest=known, threads=threads, progress=progress, team=team
-        )
+            ckpt, script,
+            value_digest=known, threads=threads, device=device, progress=progress, team=team,
+        )  # fmt: skip
     if told is not None:
         told(recording.reading)
     return recording.fingerprint

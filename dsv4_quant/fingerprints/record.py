@@ -7,6 +7,7 @@ reads every layer, and the longest prompt is the most that one has to compute.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from dsv4_quant.fingerprints.script import Script
 from dsv4_quant.fingerprints.tables import tables
 from dsv4_quant.fingerprints.watcher import Routes, Watcher
 from dsv4_quant.model import Reading, forward
+from dsv4_quant.model.on_device import Device
 from dsv4_quant.progress import Progress
 from dsv4_quant.team import Team
 from dsv4_quant.team.shares import shares
@@ -52,6 +54,7 @@ def record(
     *,
     value_digest: str | None = None,
     threads: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
     team: Team | None = None,
 ) -> Recording:
@@ -60,6 +63,7 @@ def record(
     Args:
         value_digest: of the checkpoint, if it is known; it is written down.
         threads: of a process; they change no bit.
+        device: what computes the products, as in ``model.forward``; it changes no bit either.
         team: the processes that share the prompts; all of them get the recording.
 
     Raises:
@@ -73,7 +77,8 @@ def record(
     held = tables(ckpt, mtp=script.mtp, threads=threads, progress=progress, team=team)
     progress.stage("forward pass", "steps")
     mine = shares(dict(enumerate(script.lengths)), team.size)[team.rank]
-    parts = team.gather(lambda: _run(ckpt, script, mine, threads, progress) if mine else None)
+    run = partial(_run, ckpt, script, mine, threads, device, team.local, progress)
+    parts = team.gather(lambda: run() if mine else None)
     found = team.lead(lambda: joined(script, [part for part in parts if part is not None]))
     measured = Measured(
         machine=Machine.here(),
@@ -93,7 +98,13 @@ def record(
 
 
 def _run(
-    ckpt: Checkpoint, script: Script, prompts: list[int], threads: int | None, progress: Progress
+    ckpt: Checkpoint,
+    script: Script,
+    prompts: list[int],
+    threads: int | None,
+    device: Device,
+    local: int,
+    progress: Progress,
 ) -> Part:
     """What a pass shows of some prompts."""
     some = script.only(prompts)
@@ -101,7 +112,7 @@ def _run(
     result = forward(
         ckpt, some.prompts,
         arithmetic=script.arithmetic, activations=script.activations, mtp=script.mtp,
-        observer=watcher, threads=threads, keep_logits=False,
+        observer=watcher, threads=threads, keep_logits=False, device=device, local=local,
     )  # fmt: skip
     part = Part(
         prompts=tuple(prompts),

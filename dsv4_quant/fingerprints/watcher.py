@@ -85,6 +85,10 @@ class Watcher(Observer):
         """Per prompt the logits ``[spots, vocab_size]`` of the script's spots."""
         return tuple(np.concatenate(rows) for rows in self._spots.values())
 
+    def note(self, text: str) -> None:
+        """Tells the progress."""
+        self._progress.note(text)
+
     def read(self, count: int) -> None:
         """Tells the progress."""
         self._progress.read(count)

@@ -16,18 +16,21 @@ numbers      arithmetic  exact or deployed: what is rounded where
              dot         the order of every sum
              linear      products with stored weights on several threads
              panels      decoding a weight a few rows at a time
+             on_device   the same products on a GPU, watched
 machinery    batch       several prompts, prefill and decode
              weights     reading a layer's tensors in time
              reading     bytes read against bytes needed, and who waited for whom
              observer    watching a pass
 
-It runs on the CPU. What a GPU would need: kernels for the products of ``linear`` that take weights
-in their stored form and keep the order of every sum in ``dot`` (float32 with fused multiply-adds,
-no tensor cores), and a ``Reader`` that hands over pinned memory. All else is PyTorch, elementwise,
-but its ``exp`` and ``rsqrt`` round otherwise there: for fingerprints another class of machine.
+A GPU, where there is one, computes the products of ``linear``, and nothing else: they keep the
+order of every sum in ``dot`` there, too (float32 with fused multiply-adds, no tensor cores), while
+PyTorch's ``exp`` and ``rsqrt`` would round otherwise. So a pass with a GPU gives the bits of one
+without, and for fingerprints it is no other class of machine. Weights travel in their stored form.
+It has not run on a GPU yet: shown in PyTorch on CPUs and in Triton's interpreter, and compiled for
+one.
 
 Equal weights give bit-equal logits in ``exact``, whatever the format, layout, GPU count, number of
-threads, number of prompts at once, or whether positions are prefilled or decoded.
+threads, number of prompts at once, whether positions are prefilled or decoded, and what multiplies.
 """
 
 from dsv4_quant.model.forward import Result, forward

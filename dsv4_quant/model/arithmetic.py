@@ -20,7 +20,7 @@ from dsv4_quant.formats.blocks import FP4, Format
 from dsv4_quant.formats.blocks import Tensor as Weight
 from dsv4_quant.kernels.ops import act_quant, block_dequant, fp4_act_quant
 from dsv4_quant.model.dot import BLOCK
-from dsv4_quant.model.linear import Workers
+from dsv4_quant.model.linear import Products
 
 LINEAR_GROUP = 128
 """Values along K that share a scale in the input of a linear."""
@@ -31,11 +31,11 @@ KEY_GROUP = 64
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How numbers are rounded, and the threads that multiply them."""
+    """How numbers are rounded, and what multiplies them."""
 
     deployed: bool
     bfloat16: bool
-    workers: Workers
+    products: Products
 
     def round(self, x: Tensor) -> Tensor:
         """A result as it is stored: itself, or the nearest bfloat16 values."""
@@ -57,11 +57,11 @@ class Arithmetic:
         """
         if self.deployed and quantise and weight.format.is_quantised:
             x = _to_fp8_and_back(x, LINEAR_GROUP)
-        return self.round(self.workers.linear(x, weight, rows))
+        return self.round(self.products.linear(x, weight, rows))
 
     def linear_float32(self, x: Tensor, weight: Weight, block: int | None = BLOCK) -> Tensor:
         """``x @ weight.T`` that both arithmetics compute and keep in float32."""
-        return self.workers.linear(x, weight, block=block)
+        return self.products.linear(x, weight, block=block)
 
     def store_key(self, key: Tensor, rope_dim: int) -> Tensor:
         """Keys ``[..., h]`` as they are cached: ``deployed`` rounds all but the rope dims."""

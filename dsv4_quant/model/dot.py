@@ -10,7 +10,8 @@ written down: a dot product of K values is
     the blocks' sums are added in their order, starting from 0.
 
 So a position gives the same bits alone and in a batch, in a prefill and in a decode step, on one
-thread and on many, and on any CPU. Every operation is IEEE float32, rounded to nearest.
+thread and on many, and on any CPU; on a GPU, too (``kernels.ordered_gemm_triton``). Every operation
+is IEEE float32, rounded to nearest.
 
 Speed comes from computing a tile of 4 x 6 products at once in vector registers. The inner loop is
 written in LLVM's own terms, because there is no other way to say "16 lanes, fused" to numba; it

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from dsv4_quant.model.arithmetic import Arithmetic
 from dsv4_quant.model.batch import Batch
 from dsv4_quant.model.block import Setting, run_block
 from dsv4_quant.model.head import embed, head_input, head_panels, logits
-from dsv4_quant.model.linear import Workers
 from dsv4_quant.model.mtp import check_mtp, mtp_streams
 from dsv4_quant.model.observer import Observer
+from dsv4_quant.model.on_device import Device, products_on
 from dsv4_quant.model.reading import Reading, needed_bytes
 from dsv4_quant.model.rope import Rope
 from dsv4_quant.model.streams import expand
@@ -56,6 +56,8 @@ def forward(
     observer: Observer | None = None,
     threads: int | None = None,
     keep_logits: bool = True,
+    device: Device = "auto",
+    local: int = 0,
 ) -> Result:
     """The reference forward pass.
 
@@ -71,33 +73,40 @@ def forward(
         threads: for products; PyTorch's own number if not given. They change no bit.
         keep_logits: if not, only the observer sees them, and they take no more memory than the
             head does. All logits of 2,050 positions of V4-Flash are as large as its head, 1 GiB.
+        device: what computes the products (``on_device``): cpu, the processor; cuda, a GPU; auto, a
+            GPU where there is one that passes its test. It changes no bit.
+        local: which process of its machine this is: each takes a GPU of its own.
 
     Returns:
         logits of every position of every prompt.
 
     Raises:
-        UsageError: empty prompts, ids outside the vocabulary, or an MTP block that is not there.
+        UsageError: empty prompts, ids outside the vocabulary, an MTP block that is not there, or
+            cuda where there is no GPU.
+        DeviceError: the GPU fails; MiscomputedError: it computes something else.
     """
     began = time.monotonic()
     config = ckpt.config
-    _check(config, prompts, arithmetic, activations, decode, threads)
+    _check(config, prompts, arithmetic, activations, decode, threads, device)
     if mtp:
         check_mtp(config)
-    with Workers(threads) as workers, _one_torch_thread(), Reader(ckpt) as reader:
-        a = Arithmetic(arithmetic == "deployed", activations == "bfloat16", workers)
+    observer = observer or Observer()
+    multiplying = products_on(device, threads, local=local, refused=observer.note)
+    with multiplying as products, _one_torch_thread(), Reader(ckpt) as reader:
+        a = Arithmetic(arithmetic == "deployed", activations == "bfloat16", products)
         batch = Batch([list(prompt) for prompt in prompts], decode)
         length = max(batch.lengths)
         set_ = Setting(
             config, batch, a,
             Rope(config, compressed=False, length=length),
             Rope(config, compressed=True, length=length),
-            observer or Observer(),
+            observer,
         )  # fmt: skip
         run = _Pass(reader, set_, mtp)
         inputs, hit = run.blocks()
         kept = run.heads(inputs, keep=keep_logits)
     needed = needed_bytes(ckpt.specs, set(batch.tokens.tolist()), hit)
-    reading = reader.meter.summary(needed, time.monotonic() - began)
+    reading = reader.meter.summary(needed, time.monotonic() - began, products.device)
     return Result(kept[0], kept[1] if mtp else None, hit, reading)
 
 
@@ -181,12 +190,15 @@ def _check(
     activations: str,
     decode: int,
     threads: int | None,
+    device: str,
 ) -> None:
     if arithmetic not in ("exact", "deployed") or activations not in ("float32", "bfloat16"):
         raise UsageError(
             f"No such arithmetic: {arithmetic} with {activations} activations",
             hint="Choose exact or deployed, float32 or bfloat16.",
         )
+    if device not in get_args(Device):
+        raise UsageError(f"No such device: {device}", hint="Choose auto, cpu or cuda.")
     if decode < 0 or (threads is not None and threads < 1):
         raise UsageError("decode must be at least 0 and threads at least 1")
     if not prompts or not all(prompts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,12 +29,11 @@ SMALL = 1 << 21
 """Products of fewer multiplications are not worth waking another thread."""
 
 
-class Workers:
-    """Threads that share out rows of weights; a context manager."""
+class Products(Protocol):
+    """What multiplies: ``Workers``, or a device (``on_device``) with the same bits."""
 
-    def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self.threads, "product")
+    device: str
+    """Its name, for people."""
 
     def linear(
         self,
@@ -52,8 +52,27 @@ class Workers:
 
         Returns:
             ``[..., rows]`` float32. A value's bits depend on its row of x, its row of the weight
-            and block alone.
+            and block alone (the bits of a NaN aside).
         """
+
+
+class Workers:
+    """Threads that share out rows of weights; a context manager."""
+
+    device = "cpu"
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.threads, "product")
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        rows: tuple[int, int] | None = None,
+        block: int | None = BLOCK,
+    ) -> torch.Tensor:
+        """See Products."""
         first, last = rows or (0, weight.shape[0])
         count = last - first
         left = _filled(x.reshape(-1, x.shape[-1]).numpy(), ROWS)  # [M, K], both filled up

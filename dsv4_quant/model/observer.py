@@ -15,6 +15,9 @@ class Observer:
     layer counts through the MTP block: there it is ``num_hidden_layers``.
     """
 
+    def note(self, text: str) -> None:
+        """Something to know about the pass; told before it begins."""
+
     def streams(self, layer: int, part: Part, prompt: int, h: Tensor) -> None:
         """A prompt's streams ``[t, s, d]`` after a sub-layer."""
 

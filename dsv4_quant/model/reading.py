@@ -27,13 +27,15 @@ class Reading:
     """Of these, seconds in which nothing was computed because a weight was not there yet."""
     busy: float
     """Seconds in which at least one read was under way."""
+    device: str = "cpu"
+    """What computed the products."""
 
     @property
     def rate(self) -> float:
         """Bytes per second that the disk, or the page cache, gave while it was being read."""
         return self.bytes_read / self.busy if self.busy else 0.0
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | str]:
         """As JSON's own types; seconds to the millisecond."""
         return {
             "bytes_read": self.bytes_read,
@@ -42,6 +44,7 @@ class Reading:
             "waiting_seconds": round(self.waited, 3),
             "reading_seconds": round(self.busy, 3),
             "bytes_per_reading_second": round(self.rate),
+            "device": self.device,
         }
 
 
@@ -53,6 +56,7 @@ def side_by_side(readings: Sequence[Reading]) -> Reading:
         seconds=max(one.seconds for one in readings),
         waited=max(one.waited for one in readings),
         busy=max(one.busy for one in readings),
+        device=", ".join(sorted({one.device for one in readings})),
     )
 
 
@@ -95,9 +99,9 @@ class Meter:
         with self._lock:
             self.bytes += count
 
-    def summary(self, needed: int, seconds: float) -> Reading:
+    def summary(self, needed: int, seconds: float, device: str = "cpu") -> Reading:
         """What was counted; when nothing is being read any more."""
-        return Reading(self.bytes, needed, seconds, self._waited, self._busy)
+        return Reading(self.bytes, needed, seconds, self._waited, self._busy, device)
 
 
 def stored_bytes(spec: TensorSpec) -> int:

@@ -49,14 +49,24 @@ def join(environ: Mapping[str, str] = os.environ) -> Team:
         return Team()
     from dsv4_quant.team.board_torch import connect  # only here: it loads PyTorch
 
-    return Crew(launch.rank, launch.size, connect(launch, JOINING))
+    board = connect(launch, JOINING)
+    return Crew(launch.rank, launch.size, board, local=launch.local)
 
 
 class Crew(Team):
     """One of several processes."""
 
-    def __init__(self, rank: int, size: int, board: Board, *, member: Member | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        board: Board,
+        *,
+        member: Member | None = None,
+        local: int | None = None,
+    ) -> None:
         self.rank, self.size, self._board = rank, size, board
+        self.local = rank if local is None else local
         self._others = [other for other in range(size) if other != rank]
         self._failure: BaseException | None = None
         self._rounds, self._beats, self._has_stopped = 0, 0, False

@@ -22,6 +22,8 @@ class Team:
     rank = 0
     """Which process this is; the first leads."""
     size = 1
+    local = 0
+    """Which process of its machine this is: they share out its GPUs."""
     sharing = 1
     """How many of the processes run on the cores that this one may use."""
 

@@ -54,6 +54,11 @@ class Watched:
         self._check()
         self._progress.read(count)
 
+    def note(self, text: str) -> None:
+        """Of this process alone."""
+        self._check()
+        self._progress.note(text)
+
     def show(self, others: Iterable[State]) -> None:
         """Adds what the others have told of the stage that this process is in."""
         same = [state for state in others if state[0] == self._text]

@@ -37,6 +37,23 @@ def test_lines_at_the_start_the_end_and_every_five_seconds() -> None:
     ]
 
 
+def test_a_note_is_a_line_of_its_own() -> None:
+    stream = io.StringIO()
+    lines = Lines(stream, Clock())
+    lines.stage("forward pass", "steps")
+    lines.note("the GPU sleeps")
+    lines.advance(1)
+    lines.close()
+    assert stream.getvalue().splitlines() == [
+        "forward pass ...", "the GPU sleeps", "forward pass: 1 steps in 0 s",
+    ]  # fmt: skip
+    bar = Bar(stream := io.StringIO())
+    bar.stage("forward pass", "steps")
+    bar.note("the GPU sleeps")
+    bar.close()
+    assert "the GPU sleeps" in stream.getvalue().splitlines()
+
+
 def test_stages_follow_each_other() -> None:
     stream, clock = io.StringIO(), Clock()
     lines = Lines(stream, clock)

@@ -37,9 +37,11 @@ from dsv4_quant.conversion.summary import plan_conversion
 from dsv4_quant.errors import DeviceError, Dsv4Error, MiscomputedError, UsageError
 from dsv4_quant.formats.blocks import BF16, FP4, Tensor, fp8
 from dsv4_quant.formats.rules import ScaleRule
-from dsv4_quant.kernels import device_casts_torch
-from dsv4_quant.kernels.device_casts_torch import DeviceCasts, check_usable
+from dsv4_quant.kernels import device_casts_torch, gpu_torch
+from dsv4_quant.kernels.device_casts_torch import DeviceCasts
+from dsv4_quant.kernels.gpu_torch import check_usable
 from dsv4_quant.kernels.lane_torch import ALIGNED, Lane
+from dsv4_quant.team import Team
 from tests.conversion.checkpoints import config, formats, tree, wild, write_checkpoint, write_hollow
 
 Array = NDArray[Any]
@@ -67,7 +69,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def on_torch(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """``device="cuda"`` is a CPU, and nothing is checked; gives what goes to the processor."""
-    monkeypatch.setattr(device_casts_torch, "find_gpu", lambda rank: CPU)
+    monkeypatch.setattr(gpu_torch, "find_gpu", lambda local: CPU)
     monkeypatch.setattr(OnDevice, "_is_due", lambda self, kind: False)
     return counted(monkeypatch)
 
@@ -261,9 +263,9 @@ import torch
 from dsv4_quant.conversion.device import OnDevice
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import convert
-from dsv4_quant.kernels import device_casts_torch
+from dsv4_quant.kernels import gpu_torch
 
-device_casts_torch.find_gpu = lambda rank: torch.device("cpu")
+gpu_torch.find_gpu = lambda local: torch.device("cpu")
 OnDevice._is_due = lambda self, kind: False
 root = Path(sys.argv[1])
 for number, (source, *request) in enumerate({jobs}):
@@ -300,7 +302,7 @@ class TestChecks:
 
     @pytest.fixture(autouse=True)
     def on_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(device_casts_torch, "find_gpu", lambda rank: CPU)
+        monkeypatch.setattr(gpu_torch, "find_gpu", lambda local: CPU)
 
     @pytest.mark.parametrize(
         ("name", "request_", "method", "part"),
@@ -402,9 +404,28 @@ class TestFailures:
     def test_processes_share_out_the_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-        monkeypatch.setattr(device_casts_torch, "check_usable", lambda device: device)
-        found = [str(device_casts_torch.find_gpu(rank)) for rank in range(6)]
+        monkeypatch.setattr(gpu_torch, "check_usable", lambda device: device)
+        found = [str(gpu_torch.find_gpu(local)) for local in range(6)]
         assert found == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
+
+    def test_a_process_takes_the_gpu_of_its_place_on_its_machine(
+        self, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Second(Team):
+            """The sixth of all processes, and the second of its machine."""
+
+            local = 1
+
+        asked: list[int] = []
+
+        def find(local: int) -> torch.device:
+            asked.append(local)
+            raise UsageError("none")
+
+        monkeypatch.setattr(gpu_torch, "find_gpu", find)
+        with pytest.raises(UsageError, match="none"):
+            convert(sources["fp4"], tmp_path, Request("hf"), device="cuda", team=Second())
+        assert asked == [1]
 
     def test_no_torch(self) -> None:
         script = """

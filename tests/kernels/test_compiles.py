@@ -10,8 +10,11 @@ import sys
 import pytest
 import torch
 
-PROGRAM = """
+PROGRAM = r"""
+import re
 import sys
+from collections import Counter
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -39,7 +42,18 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
     assert kernel.metadata.shared <= 99 << 10, "more shared memory than every GPU since 8.6 has"
     assert ".ftz" not in kernel.asm["ptx"], "flushes subnormals"
+    if "ordered" in self.fn.__name__:
+        keeps_the_order(kernel.asm["ptx"], kwargs["M"] * kwargs["N"] * kwargs["LANES"] // 128)
     print(self.fn.__name__, len(kernel.asm["cubin"]))
+
+
+def keeps_the_order(ptx, sums):
+    "A fused multiply-add for each of a thread's sums; lanes and blocks are added apart from them."
+    used = Counter(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.]*)", ptx, re.M))
+    floats = {name for name in used if "f32" in name or "mma" in name or "tf32" in name}
+    assert floats <= {"fma.rn.f32", "add.rn.f32", "add.f32"}, floats
+    assert used["fma.rn.f32"] == sums, used
+    assert used["add.rn.f32"] + used["add.f32"] >= sums // 16 * 4 + sums // 16, used
 
 
 launch, JITFunction.run = JITFunction.run, compile_only
@@ -70,6 +84,8 @@ for fmt, gemm in ((fp8((128, 128)), ops.fp8_gemm), (FP4, ops.fp4_gemm)):
 fmt = fp8((128, 128), "f32")
 ops.block_dequant(torch.zeros(256, 512, dtype=torch.uint8), torch.zeros(2, 4), fmt, torch.float32)
 ops.hc_split_sinkhorn(torch.zeros(64, 24), torch.zeros(3), torch.zeros(24))
+for rows, cols, block in ((64, 1040, 1024), (64, 1040, None), (1, 512, 1024), (9, 33, 16)):
+    ops.ordered_gemm(torch.zeros(rows, cols), torch.zeros(64, cols), block)
 """
 
 
@@ -94,6 +110,7 @@ def test_every_kernel_compiles(tmp_path):
         "_fp4_act_quant_kernel",
         "_block_dequant_kernel",
         "_hadamard_kernel",
+        "_ordered_gemm_kernel",
         "_scaled_matmul_kernel",
         "_sparse_attn_kernel",
         "_hc_split_sinkhorn_kernel",

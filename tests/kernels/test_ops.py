@@ -21,6 +21,7 @@ OPERATIONS = [
     "fp4_act_quant",
     "block_dequant",
     "hadamard",
+    "ordered_gemm",
     "fp8_gemm",
     "fp4_gemm",
     "sparse_attn",

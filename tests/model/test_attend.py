@@ -29,14 +29,14 @@ def test_the_kernel_agrees(start: int, count: int, window: int) -> None:
     expected = sparse_attn(q[None], kv[None], sink, torch.tensor([listed]), width**-0.5)[0]
     keys = kv[window_start(start, window) : stop]
     with Workers(2) as workers:
-        a = Arithmetic(deployed=False, bfloat16=False, workers=workers)
+        a = Arithmetic(deployed=False, bfloat16=False, products=workers)
         found = attend(q, keys, kv[stop:], seen, sink, start=start, window=window, a=a)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_large_sink_takes_everything() -> None:
     with Workers(1) as workers:
-        a = Arithmetic(deployed=False, bfloat16=False, workers=workers)
+        a = Arithmetic(deployed=False, bfloat16=False, products=workers)
         ones = torch.ones(1, 2, 16)
         found = attend(
             ones, ones[0, :1], torch.empty(0, 16), torch.empty(1, 0).bool(),

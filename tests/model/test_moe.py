@@ -23,7 +23,7 @@ LAYER = 2
 @pytest.fixture
 def a() -> Iterator[Arithmetic]:
     with Workers(1) as workers:
-        yield Arithmetic(deployed=False, bfloat16=False, workers=workers)
+        yield Arithmetic(deployed=False, bfloat16=False, products=workers)
 
 
 def inputs(source: MemorySource, count: int = 9) -> torch.Tensor:

@@ -193,6 +193,9 @@ def test_time_is_counted_once_however_many_read(monkeypatch: pytest.MonkeyPatch)
     assert reading.to_json() == {
         "bytes_read": 10, "bytes_needed": 9, "seconds": 12.0, "waiting_seconds": 1.0,
         "reading_seconds": 5.0, "bytes_per_reading_second": 2,
+        "device": "cpu",
     }  # fmt: skip
     assert side_by_side([reading, Reading(1, 1, 13.0, 0.5, 6.0)]) == Reading(11, 10, 13.0, 1.0, 6.0)
+    other = Reading(1, 1, 13.0, 0.5, 6.0, device="NVIDIA X (cuda:1)")
+    assert side_by_side([other, reading, other]).device == "NVIDIA X (cuda:1), cpu"
     assert Reading(0, 0, 1.0, 0.0, 0.0).rate == 0

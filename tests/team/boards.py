@@ -72,6 +72,7 @@ def all_of(
     program: Callable[[Crew], Any],
     board: MemoryBoard | None = None,
     members: list[Member] | None = None,
+    locals_: list[int] | None = None,
 ) -> list[Any]:
     """Runs a program in so many threads; per rank what it returned or raised."""
     held = board or MemoryBoard()
@@ -79,7 +80,11 @@ def all_of(
 
     def run(rank: int) -> None:
         try:
-            crew = Crew(rank, size, held, member=members[rank] if members else member(pid=rank))
+            crew = Crew(
+                rank, size, held,
+                member=members[rank] if members else member(pid=rank),
+                local=locals_[rank] if locals_ else None,
+            )  # fmt: skip
             try:
                 found[rank] = program(crew)
             except BaseException as error:

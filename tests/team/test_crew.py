@@ -30,6 +30,9 @@ class Shown(NoProgress):
     def total(self, count: int) -> None:
         self.of = count
 
+    def note(self, text: str) -> None:
+        self.noted = text
+
     def advance(self, count: int) -> None:
         self.done += count
 
@@ -37,11 +40,28 @@ class Shown(NoProgress):
 def test_alone() -> None:
     team, said = join({}), []
     assert type(team) is Team and team.is_first and (team.size, team.sharing) == (1, 1)
+    assert team.local == 0
     assert team.gather(lambda: 3) == [3] and team.lead(lambda: 4) == 4
     team.agree(lambda: "one", "thing")
     team.tell(lambda: said.append("it"))
     team.close()
     assert said == ["it"] and isinstance(team.watched(None), NoProgress)
+
+
+def test_which_of_its_machine_a_process_is() -> None:
+    """The launcher's word; without it the rank."""
+    assert all_of(3, lambda team: team.local) == [0, 1, 2]
+    assert all_of(3, lambda team: team.local, locals_=[0, 1, 0]) == [0, 1, 0]
+
+
+def test_the_launcher_s_word_reaches_the_crew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[object, ...]] = []
+    monkeypatch.setattr("dsv4_quant.team.board_torch.connect", lambda *_: None)
+    monkeypatch.setattr(crew, "Crew", lambda *args, local: made.append((*args, local)))
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    join({**environ, "LOCAL_RANK": "1"})
+    join(environ)
+    assert made == [(5, 8, None, 1), (5, 8, None, None)]
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -155,11 +175,12 @@ def test_progress_is_the_sum_of_all() -> None:
         progress.stage("hashing")
         progress.total(10 * (team.rank + 1))
         progress.advance(3 * (team.rank + 1))
+        progress.note(f"from {team.rank}")
         time.sleep(0.3)
         team.gather(lambda: None)
 
     assert all_of(3, program) == [None] * 3
-    assert (shown.done - 1000, shown.of) == (18, 60)
+    assert (shown.done - 1000, shown.of, shown.noted) == (18, 60, "from 0")
 
 
 class TestALostProcess:

@@ -37,6 +37,16 @@ def test_torchrun() -> None:
     assert launched(SRUN | TORCHRUN | by_agent) == wanted, "torchrun inside of srun decides"
 
 
+def test_which_of_its_machine() -> None:
+    """What the launcher says: ranks go through all machines, GPUs begin anew on each."""
+    found = launched(TORCHRUN | {"LOCAL_RANK": "0"}), launched(SRUN | {"SLURM_LOCALID": "1"})
+    assert [one and one.local for one in found] == [0, 1]
+    inside = launched(SRUN | {"SLURM_LOCALID": "1"} | TORCHRUN)
+    assert inside is not None and inside.local is None
+    with pytest.raises(UsageError, match="LOCAL_RANK is no number"):
+        launched(TORCHRUN | {"LOCAL_RANK": "first"})
+
+
 def test_srun() -> None:
     found = launched(SRUN)
     assert found is not None and (found.rank, found.size, found.host) == (3, 8, "nid004")

@@ -1,0 +1,38 @@
+"""Which GPU a process uses, and whether it can be used at all."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4_quant.errors import UsageError
+from dsv4_quant.kernels import ops
+
+NO_GPU = "No CUDA device can be used"
+ON_CPU = "--device cpu does the same on the processor."
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds a GPU at all."""
+    return torch.cuda.is_available()
+
+
+def find_gpu(local: int = 0) -> torch.device:
+    """One of the GPUs that this process may use; the processes of a machine share them out.
+
+    Args:
+        local: which process of its machine this is.
+
+    Raises UsageError where there is no GPU that works.
+    """
+    if not has_gpu():
+        raise UsageError(f"{NO_GPU} here", hint=ON_CPU)
+    return check_usable(torch.device("cuda", local % torch.cuda.device_count()))
+
+
+def check_usable(device: torch.device) -> torch.device:
+    """The device, if its memory can be had and its kernels chosen; else UsageError."""
+    try:
+        ops.choose_backend(None, torch.empty(1, device=device))
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{NO_GPU}: {str(error).splitlines()[0]}", hint=ON_CPU) from error
+    return device
