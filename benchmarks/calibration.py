@@ -38,13 +38,13 @@ from dsv4_quant.calibration import Calibration, collect
 from dsv4_quant.catalogue import TensorSpec
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.config import ModelConfig
+from dsv4_quant.conversion.calibrated import second_order
 from dsv4_quant.formats import bf16
 from dsv4_quant.formats.blocks import BF16, FP4, Format, Tensor, fp8
 from dsv4_quant.formats.rules import ScaleRule
 from dsv4_quant.kernels.ops import quantise_fp4, quantise_fp8
 from dsv4_quant.kernels.second_order_check_numba import wins
 from dsv4_quant.kernels.second_order_factor_numba import Factor, factor
-from dsv4_quant.kernels.second_order_numba import round_fp4, round_fp8
 from dsv4_quant.model import forward
 from dsv4_quant.model.weights import Source
 from dsv4_quant.synth_config import TINY
@@ -74,6 +74,10 @@ class Structured:
     def read(self, name: str) -> Tensor:
         """A whole weight."""
         return self._changed[name] if name in self._changed else self._ckpt.read(name)
+
+    def announce(self, name: str, start: int, stop: int) -> int:
+        """Passed on."""
+        return self._ckpt.announce(name, start, stop)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of a BF16 weight."""
@@ -138,17 +142,11 @@ def calibrated(
     """Under the scales of plain rounding; with held-out inputs, only where it wins there."""
     if made is None:
         return plain
-    assert plain.scales is not None and plain.format.block is not None
-    codes, (b, c) = np.empty_like(plain.codes), plain.format.block
-    if plain.format.kind == "fp4":
-        round_fp4(values, plain.scales, c, made, codes)
-    else:
-        round_fp8(values, plain.scales, (b, c), made, codes)
-    moved = Tensor(plain.format, plain.shape, codes, plain.scales)
+    moved = second_order(values, plain, made)
     if held_out is None:
         return moved
     better = wins(held_out, values - plain.decode(), values - moved.decode())
-    return replace(moved, codes=np.where(better[:, None], codes, plain.codes))
+    return replace(moved, codes=np.where(better[:, None], moved.codes, plain.codes))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.rows import Row, median
@@ -62,7 +62,7 @@ def measure(folder: Path, gigabytes: float, rounds: int, *, published: bool) -> 
     for cache, prepare in (("cold", forget), ("warm", warm)):
         for job, arguments in JOBS.items():
             rows.append(_job(job, cache, arguments, source, folder, prepare, rounds))
-        rows.append(_yardstick(cache, source, folder, prepare, rounds))
+        rows += _yardsticks(cache, source, folder, prepare, rounds)
     out = folder / "checked"
     dsv4("convert", str(source), str(out), "--gpus", "8", "--quiet")
     for job, command in CHECKS.items():
@@ -97,15 +97,22 @@ def _job(
     return median(job, cache, runs, nbytes=nbytes, ratios=ratios)
 
 
-def _yardstick(
+def _yardsticks(
     cache: str, source: Path, folder: Path, prepare: Callable[[Path], None], rounds: int
-) -> Row:
-    runs = []
+) -> Iterator[Row]:
+    """``cp``, and a copy past the page cache that does nothing else."""
+    copied, runs, least, ratios = folder / "copied", [], [], []
     for _ in range(rounds):
         prepare(source)
-        runs.append(copy(source, folder / "copied"))
-        remove(folder / "copied")
-    return median("cp and sync", cache, runs, nbytes=size_of(source))
+        runs.append(copy(source, copied))
+        remove(copied)
+        prepare(source)
+        least.append(run([sys.executable, "-m", "benchmarks.copying", str(source), str(copied)]))
+        remove(copied)
+        ratios.append(least[-1].wall / runs[-1].wall)
+    nbytes = size_of(source)
+    yield median("cp and sync", cache, runs, nbytes=nbytes)
+    yield median("copy past the page cache", cache, least, nbytes=nbytes, ratios=ratios)
 
 
 def _check(job: str, command: list[str], source: Path, folder: Path, rounds: int) -> Row:

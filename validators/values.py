@@ -136,10 +136,11 @@ class ValuesPass:
 
     def announce(self, panel: Panel) -> int:
         """Tells the disk that a panel will be read; how many bytes of both checkpoints that are."""
-        name, both = panel.weight.spec.name, [self._checkpoint]
+        rows = panel.weight.spec.name, panel.start, panel.stop
+        count = self._checkpoint.announce(*rows, copies=True)
         if panel.weight.is_compared and self._other is not None:
-            both.append(self._other)
-        return sum(held.announce(name, panel.start, panel.stop) for held in both)
+            count += self._other.announce(*rows)
+        return count
 
     def work(self, panel: Panel, hasher: LeafHasher) -> None:
         """One panel; called from any thread, each with a hasher of its own."""

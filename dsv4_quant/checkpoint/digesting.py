@@ -102,7 +102,7 @@ def digest_panels(
 
         return work
 
-    items = announced(panels(), lambda item: checkpoint.announce(*item))
+    items = announced(panels(), lambda item: checkpoint.announce(*item, copies=True))
     work_in_threads(items, worker, workers, checkpoint.halt)
 
 

@@ -172,9 +172,11 @@ class Checkpoint:
                 )
         return held
 
-    def announce(self, name: str, start: int, stop: int, *, codes: bool = True) -> int:
-        """Tells the disk that rows [start, stop) of a weight will be read, with every copy, or
-        without ``codes`` only their scales; how many bytes that are."""
+    def announce(
+        self, name: str, start: int, stop: int, *, codes: bool = True, copies: bool = False
+    ) -> int:
+        """Tells the disk that ``read_rows`` will come for these rows, or without ``codes`` for
+        their scales alone; how many bytes that are."""
         weight, *scale = self.stored(self.specs[name])
         b = self.specs[name].format.block
         wanted = [(weight, start, stop)] if codes else []
@@ -182,7 +184,7 @@ class Checkpoint:
         count = 0
         for tensor, first, last in wanted:
             located = self.locate(tensor)
-            for extent in (*located.extents, *located.copies):
+            for extent in (*located.extents, *(located.copies if copies else ())):
                 offset, rows = extent.rows_at(first, last)
                 count += rows * extent.row_bytes
                 if self.arrivals is None and rows:

@@ -85,27 +85,32 @@ def calibrated(
     A tile that FP4 gives FP8 exactly stays as it is, so FP4 weights keep their plain rounding.
     """
     from dsv4_quant.kernels.second_order_check_numba import UNIT, wins
-    from dsv4_quant.kernels.second_order_numba import round_fp4, round_fp8
 
-    after = panel.after
     if panel.tensor.format.kind == "fp4" or not plain.figures.error_squares.any():
         return plain
-    assert after.block is not None and plain.tensor.scales is not None
     values = panel.tensor.decode()
-    scales, codes = plain.tensor.scales, np.empty_like(plain.tensor.codes)
-    if after.kind == "fp4":
-        status = round_fp4(values, scales, after.block[1], factor, codes)
-    else:
-        status = round_fp8(values, scales, after.block, factor, codes)
-    assert not status, "plain rounding has refused what is not finite"
-    moved = replace(plain.tensor, codes=codes)
+    moved = second_order(values, plain.tensor, factor)
     unit = min(UNIT, leaf_rows(values.shape[1]))  # panels are made of these, whatever their size
     errors = (values - plain.tensor.decode(), values - moved.decode())
     better = wins(held_out, *errors, unit)
     if not better.any():
         return plain
-    made = replace(moved, codes=np.where(better[:, None], codes, plain.tensor.codes))
+    made = replace(moved, codes=np.where(better[:, None], moved.codes, plain.tensor.codes))
     return Rounded(made, _measured(values, made, plain.figures), int(better.sum()))
+
+
+def second_order(values: NDArray[np.float32], plain: Tensor, factor: Factor) -> Tensor:
+    """``values``, rounded plainly in ``plain``, with the codes that the factor's inputs prefer."""
+    from dsv4_quant.kernels.second_order_numba import round_fp4, round_fp8
+
+    assert plain.format.block is not None and plain.scales is not None
+    codes = np.empty_like(plain.codes)
+    if plain.format.kind == "fp4":
+        status = round_fp4(values, plain.scales, plain.format.block[1], factor, codes)
+    else:
+        status = round_fp8(values, plain.scales, plain.format.block, factor, codes)
+    assert not status, "plain rounding has refused what is not finite"
+    return replace(plain, codes=codes)
 
 
 def _measured(values: NDArray[np.float32], made: Tensor, plain: Figures) -> Figures:

@@ -180,11 +180,12 @@ class Stream:
             yield batch
 
     def _announce(self, batch: list[Bite]) -> int:
-        source, steps = self._plan.source, ((bite, self._plan.steps[bite.step]) for bite in batch)
-        return sum(
-            source.announce(step.spec.name, bite.start, bite.stop, codes=step.needs_codes)
-            for bite, step in steps
-        )
+        count = 0
+        for bite in batch:
+            step = self._plan.steps[bite.step]
+            rows = step.spec.name, bite.start, bite.stop
+            count += self._plan.source.announce(*rows, codes=step.needs_codes, copies=True)
+        return count
 
     def _take(self, bite: Bite, hasher: LeafHasher, casts: Casts) -> None:
         """One bite, all the way from the source to the output files."""

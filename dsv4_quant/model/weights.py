@@ -40,6 +40,8 @@ class Source(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int) -> Weight: ...
 
+    def announce(self, name: str, start: int, stop: int) -> int: ...
+
 
 class Rows(NamedTuple):
     """Some rows of a matrix, in the place of the whole."""
@@ -88,6 +90,7 @@ class Reader:
     def _start(self) -> None:
         while self._announced and self._held < AHEAD_BYTES:
             wanted = self._announced.popleft()
+            self.source.announce(*self._rows(wanted))  # to the disk, ahead of the readers
             self._reading[wanted] = self._pool.submit(self._fetch, wanted)
             self._held += self._size(wanted)
 
@@ -101,11 +104,15 @@ class Reader:
         self.meter.add(weight.nbytes)
         return weight
 
+    def _rows(self, wanted: Wanted) -> Rows:
+        if isinstance(wanted, Rows):
+            return wanted
+        return Rows(wanted, 0, self.source.specs[wanted].matrix[0])
+
     def _size(self, wanted: Wanted) -> int:
-        if not isinstance(wanted, Rows):
-            return stored_bytes(self.source.specs[wanted])
-        spec = self.source.specs[wanted.name]
-        return stored_bytes(spec) * (wanted.stop - wanted.start) // spec.shape[0]
+        name, start, stop = self._rows(wanted)
+        spec = self.source.specs[name]
+        return stored_bytes(spec) * (stop - start) // spec.matrix[0]
 
     def __enter__(self) -> Reader:
         return self

@@ -43,8 +43,8 @@ class Altered:
     def stored(self, spec: TensorSpec) -> tuple[StoredTensor, ...]:
         return self._ckpt.stored(spec)
 
-    def announce(self, name: str, start: int, stop: int) -> int:
-        return self._ckpt.announce(name, start, stop)
+    def announce(self, name: str, start: int, stop: int, *, copies: bool = False) -> int:
+        return self._ckpt.announce(name, start, stop, copies=copies)
 
     def read(self, name: str) -> Tensor:
         return self._alter(name, self._ckpt.read(name))
