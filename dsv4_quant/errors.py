@@ -53,6 +53,12 @@ class Dsv4Error(Exception):
         self.hint = hint
         super().__init__(self.paragraph())
 
+    def rename(self, before: Path, after: str) -> None:
+        """Of a file in the folder ``before``, says that it is in ``after``."""
+        if self.file is not None and Path(self.file).is_relative_to(before):
+            self.file = str(Path(after, Path(self.file).relative_to(before)))
+            self.args = (self.paragraph(),)
+
     def paragraph(self) -> str:
         """The whole message: what, where, what to do. Strangers' names lose their control codes."""
         where = [f"file {self.file}"] if self.file else []

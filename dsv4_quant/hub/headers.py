@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dsv4_quant.errors import WriteError
+from dsv4_quant.errors import Dsv4Error, WriteError
 from dsv4_quant.hub.arrivals import Arrivals
 from dsv4_quant.hub.connection import Connection
 from dsv4_quant.hub.ids import explain, parse_id
@@ -54,10 +54,15 @@ def fetched(
         yield Source(held)
     elif repository is not None:  # without a hub the cache holds it, or that was an error
         with TemporaryDirectory(prefix="dsv4-quant-") as place:
-            folder = Path(place, f"{name.replace('/', '--')}@{repository.commit[:12]}")
+            commit = repository.commit[:12]
+            folder = Path(place, f"{name.replace('/', '--')}@{commit}")
             connection = Connection(repository, pause=pause)
             _lay_out(connection, folder)
-            yield Source(folder, Arrivals(connection, folder))
+            try:
+                yield Source(folder, Arrivals(connection, folder))
+            except Dsv4Error as error:  # the folder is gone when a user reads this
+                error.rename(folder, f"{name}@{commit}")
+                raise
 
 
 def _ask(name: str, revision: str | None, endpoint: str | None, pause: float) -> Repository | None:
