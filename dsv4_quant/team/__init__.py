@@ -7,6 +7,7 @@ team      the verbs: every process runs the same program, ``gather`` and ``lead`
 launch    what torchrun or srun said of this process
 crew      the same verbs for processes that meet at a board
 board     what they write to each other, in bytes; ``board_torch`` makes one
+asked     for how long the board has owed an answer
 watch     who is still alive, and how far the others are
 shares    who does what
 

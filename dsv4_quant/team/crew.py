@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 from dsv4_quant.errors import TeamError
 from dsv4_quant.progress import NoProgress, Progress
+from dsv4_quant.team.asked import AskedBoard
 from dsv4_quant.team.board import Board, pack, pack_error, put, take, unpack
 from dsv4_quant.team.launch import launched
 from dsv4_quant.team.team import SAME_PATHS, Team
-from dsv4_quant.team.watch import LEFT, Member, Watch
+from dsv4_quant.team.watch import LEFT, SILENCE, Member, Watch
 from dsv4_quant.team.watched import State, Watched
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ class Crew(Team):
         member: Member | None = None,
         local: int | None = None,
     ) -> None:
-        self.rank, self.size, self._board = rank, size, board
+        self.rank, self.size, self._board = rank, size, AskedBoard(board)
         self.local = rank if local is None else local
         self._others = [other for other in range(size) if other != rank]
         self._failure: BaseException | None = None
@@ -73,7 +74,13 @@ class Crew(Team):
         self._shown = Watched(NoProgress(), self.check)
         self._states: dict[int, State] = {}
         self._members: dict[int, Member] = {}
-        self._asked(lambda: self._meet(member or Member.here()))
+        self._gone = threading.Event()
+        threading.Thread(target=self._insist_on_answers, daemon=True).start()
+        try:
+            self._asked(lambda: self._meet(member or Member.here()))
+        except BaseException:
+            self._gone.set()
+            raise
         mine = self._members[rank]
         self.sharing = sum(mine.shares_cores(other) for other in self._members.values())
         self._watch = Watch(rank, self._members)
@@ -230,6 +237,7 @@ class Crew(Team):
             if self.is_first:
                 self._wait_until(lambda rank: self._board.get(f"beat/{rank}") == LEFT, LEAVING)
         self._watch.close()
+        self._gone.set()
 
     def _wait_until(self, is_so: Callable[[int], bool], seconds: float) -> None:
         """Until it is so of every other process that lives."""
@@ -260,6 +268,14 @@ class Crew(Team):
             if self._failure is None and not self._closing.is_set():
                 self._failure = self._lost(0)
 
+    def _insist_on_answers(self) -> None:
+        """A thread: the others give up whom they do not hear for SILENCE, and may start again. So
+        whoever is not answered for as long must not write any more."""
+        while not self._gone.wait(BEAT):
+            if self._board.owing() > SILENCE:
+                _end_cut_off(self.rank, self.size)
+                return
+
     def _read_beats(self) -> dict[int, bytes]:
         """Of all others in the first process; elsewhere of the first."""
         heard = self._others if self.is_first else [0]
@@ -278,6 +294,18 @@ class Crew(Team):
             hint="Was it killed, or did its memory run out? A conversion continues when the same"
             " command is run again, by any number of processes.",
         )
+
+
+def _end_cut_off(rank: int, size: int) -> None:
+    """Ends this process at once: its other threads may wait for what will never come."""
+    said = (
+        f"error: Process {rank} of {size} has had no answer from the others for {SILENCE:.0f}"
+        " seconds, and ends. Is the network down? A conversion continues when the same command is"
+        " run again.\n"
+    )
+    with suppress(OSError):
+        os.write(2, said.encode())  # sys.stderr is silenced in all processes but the first
+    os._exit(2)
 
 
 def _compare(seen: list[str], what: str, hint: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,6 +229,80 @@ class TestALostProcess:
         monkeypatch.setattr(crew, "JOINING", 0.1)
         with pytest.raises(TeamError, match=r"Of 3 processes 2 did not come.*process 1"):
             Crew(0, 3, MemoryBoard(), member=member())
+
+
+class TestABrokenNetwork:
+    """Questions are swallowed: no error, no answer."""
+
+    @pytest.mark.parametrize("who", ["the thread that looks around", "the one that works"])
+    def test_who_gets_no_answer_ends(self, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(crew, "SILENCE", 0.3)
+        monkeypatch.setattr(crew, "LEAVING", 0.1)
+        ended: list[tuple[int, int]] = []
+        board, mended = MemoryBoard(), threading.Event()
+
+        class Line:
+            """One process's way to the board."""
+
+            is_cut = False
+
+            def __getattr__(self, name: str) -> Any:
+                if self.is_cut and (name == "set") == (who == "the thread that looks around"):
+                    assert mended.wait(10)
+                return getattr(board, name)
+
+        def end(*whom: int) -> None:
+            ended.append(whom)
+            mended.set()
+
+        monkeypatch.setattr(crew, "_end_cut_off", end)
+        line = Line()
+
+        def program(team: Crew) -> object:
+            if team.rank == 0:
+                return team.lead(lambda: mended.wait(10))
+            line.is_cut = True
+            began = time.monotonic()
+            found = team.lead(lambda: None)
+            return found, time.monotonic() - began
+
+        found: list[Any] = [None, None]
+
+        def run(rank: int, way: Any) -> None:
+            team = Crew(rank, 2, way, member=member(pid=rank))
+            found[rank] = program(team)
+            team.close()
+
+        threads = [
+            threading.Thread(target=run, args=each, daemon=True) for each in ((0, board), (1, line))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert ended == [(1, 2)] and found[0] is True
+        assert found[1][0] is True and 0.3 < found[1][1] < 5
+
+    def test_who_waits_for_others_is_answered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However long they take: only a question without an answer counts."""
+        monkeypatch.setattr(crew, "SILENCE", 0.2)
+        monkeypatch.setattr(crew, "_end_cut_off", lambda *whom: pytest.fail("ended"))
+        assert all_of(2, lambda team: team.lead(lambda: time.sleep(0.8))) == [None, None]
+
+    def test_it_ends_at_once_and_says_why(self) -> None:
+        program = """
+import sys, threading
+threading.Thread(target=threading.Event().wait).start()
+sys.stderr = open("/dev/null", "w")
+from dsv4_quant.team.crew import _end_cut_off
+_end_cut_off(1, 2)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: Process 1 of 2 has had no answer from the others")
 
 
 def test_who_shares_cores() -> None:
