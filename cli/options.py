@@ -62,9 +62,9 @@ Computes = Annotated[
     typer.Option(
         "--device",
         help="What computes the products of the forward pass; the bits are the same. auto: a GPU if"
-        " there is one and it passes a test, else the processor. cuda: a GPU. The processor checks"
-        " samples of its work. Tested in PyTorch on CPUs and in Triton's interpreter, on no GPU"
-        " yet.",
+        " there is one and it passes a test, else the processor, which also goes on where it fails."
+        " cuda: a GPU. The processor checks samples of its work. Tested in PyTorch on CPUs and in"
+        " Triton's interpreter, on no GPU yet.",
     ),
 ]
 At = Annotated[

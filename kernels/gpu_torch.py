@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -47,7 +48,12 @@ def _complaint() -> str:
 
 
 def check_usable(device: torch.device) -> torch.device:
-    """The device, if its memory can be had and its kernels chosen; else UsageError."""
+    """The device, if its memory can be had and its kernels chosen; else UsageError.
+
+    Without Triton a GPU would be slower than a processor: thousands of launches for every product.
+    """
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise UsageError(f"{NO_GPU} without Triton", hint=f"Install triton. {ON_CPU}")
     try:
         with warnings.catch_warnings():
             # of GPUs that PyTorch was not built for: what they compute is compared anyway

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from subprocess import SubprocessError
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,9 @@ class Lane:
                 with _LAUNCHING:
                     made = compute(*sent)
                 return self._fetch(made)
-        except RuntimeError as error:
+        except Exception as error:
+            if not _is_failure(error):
+                raise
             raise _failure(error, self._device, self._hints) from error
 
     def _send(self, arrays: Sequence[Array]) -> list[Tensor]:
@@ -121,7 +124,16 @@ class _Staging:
         return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
-def _failure(error: RuntimeError, device: torch.device, hints: Hints) -> DeviceError:
+def _is_failure(error: Exception) -> bool:
+    """Whether a driver, PyTorch or a kernel's compiler may have raised it; else it is our mistake.
+
+    A kernel is compiled at its first launch with operands of a new kind, in the middle of work.
+    """
+    from_triton = any(kind.__module__.split(".")[0] == "triton" for kind in type(error).__mro__)
+    return from_triton or isinstance(error, RuntimeError | OSError | SubprocessError)
+
+
+def _failure(error: Exception, device: torch.device, hints: Hints) -> DeviceError:
     lines = str(error).strip().splitlines()
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
         return DeviceError(f"The device {device} has too little free memory", hint=hints.full)

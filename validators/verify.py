@@ -123,6 +123,10 @@ def judge(
     """
     _check_request(level, against, fingerprint)
     began, team = time.monotonic(), team or Team()
+    if device == "cuda" and fingerprint is not None:
+        from dsv4_quant.kernels import gpu_torch  # PyTorch, which only a pass needs
+
+        gpu_torch.find_gpu(team.local)  # better now than after hours of reading
     progress = team.watched(progress)
     has_bytes, has_values = LEVELS.index(level) >= 1, LEVELS.index(level) >= 2
     with ExitStack() as stack:

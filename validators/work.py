@@ -18,7 +18,7 @@ import numpy as np
 from dsv4_quant.checkpoint.ahead import announced
 from dsv4_quant.checkpoint.digest import LeafHasher
 from dsv4_quant.checkpoint.panels import work_in_threads
-from dsv4_quant.checkpoint.reader import Bytes
+from dsv4_quant.checkpoint.reader import NO_DESCRIPTOR, Bytes
 from dsv4_quant.checkpoint.sums import HashKind
 from dsv4_quant.progress import Progress
 from dsv4_quant.validators.checksums import Hashes, hash_file
@@ -95,6 +95,8 @@ class Work:
         try:
             found = hash_file(self.root / file, self.to_hash[file], buffer, self.progress.advance)
         except OSError as wrong:
+            if wrong.errno in NO_DESCRIPTOR:
+                raise
             self.found.findings.append(
                 error("bytes", f"cannot be read: {wrong.strerror}",
                       "The disk or the network does not give these bytes.", file=file)

@@ -6,6 +6,7 @@ can run on many threads, leave no mapped memory behind, and notice a file that w
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Mapping
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 CONFIGS = ("config.json", "inference/config.json")
 
 Bytes = NDArray[np.uint8]
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+"""What the system says when too many files are open: nothing about the file that comes next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +219,8 @@ class Checkpoint:
         return buffer
 
     def read_into(self, file: str, offset: int, out: NDArray[Any]) -> None:
-        """Fills a contiguous array from a file. Raises SourceChangedError at a short read."""
+        """Fills a contiguous array from a file. Raises SourceChangedError at a short read, and
+        OSError where no more files can be opened."""
         view = out.data.cast("B") if out.size else memoryview(b"")
         if self.arrivals is not None:
             self.arrivals.read_into(file, offset, view)
@@ -232,6 +238,8 @@ class Checkpoint:
                     )
                 done += count
         except OSError as error:
+            if error.errno in NO_DESCRIPTOR:
+                raise
             raise SourceChangedError(
                 f"The file cannot be read any more: {error.strerror}",
                 file=self.root / file,

@@ -14,6 +14,7 @@ from dsv4_quant.fingerprints.file import check_size
 from dsv4_quant.fingerprints.prompts import choose_prompts
 from dsv4_quant.fingerprints.record import record
 from dsv4_quant.fingerprints.script import Activations, Arithmetic, make_script
+from dsv4_quant.kernels import gpu_torch
 from dsv4_quant.model import Reading
 from dsv4_quant.model.on_device import Device
 from dsv4_quant.progress import Progress
@@ -46,11 +47,14 @@ def make_fingerprint(
 
     Raises:
         UnreadableError: the folder is no checkpoint.
-        UsageError: the prompts are too many or too long, or hold ids that the model has not.
+        UsageError: the prompts are too many or too long, or hold ids that the model has not, or
+            device is cuda and there is no GPU.
         NotANumberError: the pass gives NaN.
     """
     team = team or Team()
     progress = team.watched(progress)
+    if device == "cuda":
+        gpu_torch.find_gpu(team.local)  # better now than after an hour of digesting
     with Checkpoint.open(path) as ckpt:
         progress.stage("choosing prompts")
         chosen = choose_prompts(ckpt) if prompts is None else prompts

@@ -16,7 +16,7 @@ class Observer:
     """
 
     def note(self, text: str) -> None:
-        """Something to know about the pass; told before it begins."""
+        """Something to know about the pass."""
 
     def streams(self, layer: int, part: Part, prompt: int, h: Tensor) -> None:
         """A prompt's streams ``[t, s, d]`` after a sub-layer."""

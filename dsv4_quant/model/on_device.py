@@ -4,7 +4,8 @@ Only products go there: exp, softmax and their like would round otherwise. The o
 is the processor's (``dot``), so all bits are, too: a pass with a GPU and one without are the same,
 and so are their fingerprints. The GPU is asked to show that before it is used, with random
 operands in every format; then the first product of every kind and one in CHECK_EVERY is computed
-by the processor as well, at some places that are drawn anew each time.
+by the processor as well, at some places that are drawn anew each time. Because the bits are the
+same, the processor can go on at any product where a GPU fails that nobody insisted on.
 """
 
 from __future__ import annotations
@@ -55,14 +56,15 @@ def products_on(
 
     Args:
         device: cpu; cuda, a GPU or an error; auto, a GPU where there is one that can be used and
-            passes its test, otherwise the processor.
+            passes its test, otherwise the processor, which also goes on where the GPU fails.
         threads: of the processor; they change no bit.
         local: which process of its machine this is: each takes a GPU of its own.
-        refused: with auto it is told why a GPU that is there is not used.
+        refused: with auto it is told why a GPU that is there is not used, or not any more.
 
     Raises:
         UsageError: cuda, and there is no GPU that can be used.
-        DeviceError: cuda, and the GPU fails; MiscomputedError: it computes something else.
+        DeviceError: cuda, and the GPU fails.
+        MiscomputedError: it computes something else; with auto only after it passed its test.
     """
     with Workers(threads) as workers:
         yield _chosen(device, workers, local, refused)
@@ -74,12 +76,13 @@ def _chosen(
     if device == "cpu" or (device == "auto" and not gpu_torch.has_gpu()):
         return workers
     try:
-        return OnDevice(_tested(gpu_torch.find_gpu(local), workers), workers)
+        there = _tested(gpu_torch.find_gpu(local), workers)
     except Dsv4Error as error:
         if device == "cuda":
             raise
         refused(f"The processor computes, not the GPU. {error.what}")
         return workers
+    return OnDevice(there, workers, left=refused if device == "auto" else None)
 
 
 def _tested(device: torch.device, workers: Workers) -> DeviceProducts:
@@ -100,12 +103,20 @@ class OnDevice:
     """Products of a device; small ones, and samples for comparison, of the processor.
 
     Of the device's memory they hold what ``DeviceProducts`` says. Raises MiscomputedError where a
-    comparison fails, DeviceError where the device does.
+    comparison fails, and DeviceError where the device does; with ``left`` the processor goes on
+    then, and it is told why.
     """
 
-    def __init__(self, there: DeviceProducts, workers: Workers, every: int = CHECK_EVERY) -> None:
+    def __init__(
+        self,
+        there: DeviceProducts,
+        workers: Workers,
+        every: int = CHECK_EVERY,
+        left: Callable[[str], None] | None = None,
+    ) -> None:
         self.device = there.name
-        self._there, self._workers = there, workers
+        self._there: DeviceProducts | None = there
+        self._workers, self._left = workers, left
         self._every, self._made = every, Counter[tuple[Format, bool]]()
         self._places = Random(0)
 
@@ -119,9 +130,17 @@ class OnDevice:
         """See Products."""
         first, last = rows or (0, weight.shape[0])
         flat = x.reshape(-1, x.shape[-1])  # [M, K]
-        if flat.numel() * (last - first) <= WORTHWHILE * self._workers.threads:
+        is_small = flat.numel() * (last - first) <= WORTHWHILE * self._workers.threads
+        if is_small or self._there is None:
             return self._workers.linear(x, weight, rows, block)
-        made = torch.from_numpy(self._there.linear(flat.numpy(), weight, first, last, block))
+        try:
+            made = torch.from_numpy(self._there.linear(flat.numpy(), weight, first, last, block))
+        except DeviceError as error:
+            if self._left is None:
+                raise
+            self._left(f"The processor goes on without the GPU. {error.what}")
+            self._there, self.device = None, f"{self.device}, then {self._workers.device}"
+            return self._workers.linear(x, weight, rows, block)
         kind = weight.format, block is None
         self._made[kind] += 1
         if (self._made[kind] - 1) % self._every == 0:
@@ -138,7 +157,7 @@ class OnDevice:
         stop = min(start + CHECKED, n)
         wanted = self._workers.linear(x[some], weight, (first + start, first + stop), block)
         if not same_bits(made[some, start:stop], wanted):
-            raise _differs(self._there, weight.format)
+            raise _differs(self.device, weight.format)
 
 
 def check_products(there: DeviceProducts, workers: Workers) -> None:
@@ -156,7 +175,7 @@ def check_products(there: DeviceProducts, workers: Workers) -> None:
             made = there.linear(x, weight, first, last, block)
             wanted = workers.linear(torch.from_numpy(x), weight, (first, last), block)
             if not same_bits(torch.from_numpy(made), wanted):
-                raise _differs(there, form)
+                raise _differs(there.name, form)
 
 
 def random_weight(form: Format, shape: tuple[int, int], draw: np.random.Generator) -> Weight:
@@ -182,9 +201,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(((bits == others) | (one.isnan() & other.isnan())).all())
 
 
-def _differs(there: DeviceProducts, form: Format) -> MiscomputedError:
+def _differs(name: str, form: Format) -> MiscomputedError:
     return MiscomputedError(
-        f"The device {there.name} multiplies {form} weights otherwise than the processor",
-        hint="Nothing that it made is kept. Run the same command with --device cpu, and report the"
-        " device, its driver and the versions of PyTorch and Triton.",
+        f"The device {name} multiplies {form} weights otherwise than the processor",
+        hint="The pass is void. Take --device cpu, and report the device, its driver and the"
+        " versions of PyTorch and Triton.",
     )

@@ -52,7 +52,7 @@ def _by_torchrun(environ: Mapping[str, str]) -> Launch | None:
             port=_number(environ, "MASTER_PORT"),
             is_served=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-            local=_number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else None,
+            local=_number(environ, "LOCAL_RANK") if environ.get("LOCAL_RANK") else None,
         )
     )
 
@@ -68,7 +68,7 @@ def _by_slurm(environ: Mapping[str, str]) -> Launch | None:
             size=_number(environ, "SLURM_STEP_NUM_TASKS"),
             host=environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST")),
             port=_number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else port,
-            local=_number(environ, "SLURM_LOCALID") if "SLURM_LOCALID" in environ else None,
+            local=_number(environ, "SLURM_LOCALID") if environ.get("SLURM_LOCALID") else None,
         )
     )
 

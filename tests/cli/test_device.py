@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.cli.main import app
 from dsv4_quant.errors import MiscomputedError
 from dsv4_quant.kernels import gpu_torch
@@ -112,6 +113,15 @@ def test_without_a_gpu_nothing_is_said(files: Path, tmp_path: Path) -> None:
     result = said(files, tmp_path, "--device", "cuda")
     wanted = "No CUDA device can be used here. --device cpu does the same on the processor."
     assert result.exit_code == 2 and wanted in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_that_there_is_no_gpu_is_noticed_before_anything_is_read(
+    command: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "read_into", lambda *_: pytest.fail("read"))
+    result = run(*COMMANDS[command](files, tmp_path), "--device", "cuda")
+    assert result.exit_code == 2 and "No CUDA device can be used here" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["forward", "fingerprint", "verify", "convert --calibrate"])

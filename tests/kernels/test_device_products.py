@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from subprocess import CalledProcessError
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from triton.errors import TritonError
 
 from dsv4_quant.errors import DeviceError
 from dsv4_quant.formats import e4m3, e8m0
@@ -140,7 +142,7 @@ def test_memory_has_a_bound(form: Format, monkeypatch: pytest.MonkeyPatch) -> No
 def test_failures_are_one_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = np.ones((1, 32), np.float32), weight_of(FP4, 8, 32)
 
-    def said(error: RuntimeError) -> str:
+    def said(error: Exception) -> str:
         def fail(*_: Any) -> None:
             raise error
 
@@ -157,6 +159,15 @@ def test_failures_are_one_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
         "The device cpu failed: CUDA error: unspecified launch failure. Run the same command"
         " again, or with --device cpu."
     )
+    assert said(TritonError("out of resource: shared memory")) == (
+        "The device cpu failed: out of resource: shared memory. Run the same command again, or with"
+        " --device cpu."
+    )
+    assert "failed: Command 'ptxas'" in said(CalledProcessError(1, "ptxas"))
+    assert "failed: [Errno 28]" in said(OSError(28, "no room for compiled kernels"))
+    monkeypatch.setattr(ops, "ordered_gemm", lambda x: x)
+    with pytest.raises(TypeError):  # that is our own mistake
+        DeviceProducts(torch.device("cpu")).linear(x, weight, 0, 8, None)
 
 
 def test_a_cpu_is_usable() -> None:

@@ -54,6 +54,12 @@ def test_one_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_one_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_torch, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="without Triton"):
+        check_usable(torch.device("cuda", 0))
+
+
 def test_one_that_pytorch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def warn(*_: Any) -> str:
         warnings.warn("Found GPU0 which is of compute capability 6.1", UserWarning, stacklevel=2)

@@ -260,6 +260,30 @@ class TestChoices:
         with pytest.raises(DeviceError, match=r"does not pass its test: .no such architecture"):
             self.run("cuda")
 
+    def test_a_gpu_that_fails_on_the_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it made is kept, the processor goes on, and the bits are the same."""
+        monkeypatch.setattr(gpu_torch, "has_gpu", lambda: True)
+        monkeypatch.setattr(gpu_torch, "find_gpu", lambda local: CPU)
+        monkeypatch.setattr(on_device, "check_products", lambda there, workers: None)
+        monkeypatch.setattr(on_device, "WORTHWHILE", 0)
+        plain, made = ops.ordered_gemm, list[int]()
+
+        def fail(*operands: Any) -> torch.Tensor:
+            made.append(1)
+            if len(made) > 20:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(*operands)
+
+        monkeypatch.setattr(ops, "ordered_gemm", fail)
+        notes = Notes()
+        found = forward(random_source(), [[1, 2, 3]], device="auto", observer=notes)
+        told = "The processor goes on without the GPU. The device cpu has too little free memory"
+        assert notes.told == [told] and len(made) == 21
+        assert found.reading.device == "cpu, then cpu"
+        equal(found, forward(random_source(), [[1, 2, 3]], device="cpu"))
+        with pytest.raises(DeviceError, match="too little free memory"):
+            self.run("cuda")
+
     def test_each_process_of_a_machine_takes_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[int] = []
 

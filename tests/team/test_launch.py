@@ -43,6 +43,9 @@ def test_which_of_its_machine() -> None:
     assert [one and one.local for one in found] == [0, 1]
     inside = launched(SRUN | {"SLURM_LOCALID": "1"} | TORCHRUN)
     assert inside is not None and inside.local is None
+    for unsaid in (TORCHRUN | {"LOCAL_RANK": ""}, SRUN | {"SLURM_LOCALID": ""}):
+        found_none = launched(unsaid)
+        assert found_none is not None and found_none.local is None
     with pytest.raises(UsageError, match="LOCAL_RANK is no number"):
         launched(TORCHRUN | {"LOCAL_RANK": "first"})
 
