@@ -14,6 +14,7 @@ from dsv4_quant.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Tenso
 from dsv4_quant.checkpoint.manifest import sums as sums_of
 from dsv4_quant.checkpoint.sidecars import identity
 from dsv4_quant.checkpoint.sums import LISTS, HashKind, new_hash
+from dsv4_quant.durable import sync_folder
 from dsv4_quant.errors import UsageError, WriteError
 from dsv4_quant.progress import Progress
 from dsv4_quant.validators.report import Report

@@ -34,7 +34,6 @@ CONFIGS = ("config.json", "inference/config.json")
 
 Bytes = NDArray[np.uint8]
 
-
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 """What the system says when too many files are open: nothing about the file that comes next."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ from tests.conversion.checkpoints import (
     write_hollow,
 )
 from tests.conversion.conftest import Disk, Outcome
+from tests.folders import INDEX
 
 REQUEST = Request("mp", 2, "fp8")
 CUT = 1 << 18
@@ -165,13 +167,22 @@ class TestRefused:
         assert tree(source) == before and not (tmp_path / "out").exists()
 
     def test_a_cast_that_would_change_a_value(self, tmp_path: Path, small_cuts: None) -> None:
-        """It is found before anything is freed, wherever it stands."""
+        """It is found before anything is freed, though it stands in the last shard but one."""
+
+        def ones(tensor: StoredTensor, rng: np.random.Generator) -> NDArray[Any] | None:
+            if ".experts." not in tensor.name:
+                return None
+            made = np.full(tensor.shape, 127 if tensor.is_scale else 0x38, np.uint8)
+            if tensor.name == "layers.1.ffn.experts.15.w3.weight":
+                made[3, 4] = 0x39  # 1.125, which no FP4 block holds beside 1
+            return made
+
         raw = config(n_routed_experts=16, num_nextn_predict_layers=0, expert_dtype="fp8")
-        write_checkpoint(tmp_path / "raw", raw, formats(experts="fp8"))
+        write_checkpoint(tmp_path / "raw", raw, formats(experts="fp8"), values=ones)
         convert(tmp_path / "raw", tmp_path / "src", Request("hf"))
         before = tree(tmp_path / "src")
-        with pytest.raises(ValueNotExactError):
-            convert(tmp_path / "src", tmp_path / "out", Request("mp", 2, "fp4"), move=True)
+        with pytest.raises(ValueNotExactError, match=r"experts\.15\.w3"):
+            convert(tmp_path / "src", tmp_path / "out", Request("hf", 1, "fp4"), move=True)
         assert tree(tmp_path / "src") == before and not (tmp_path / "out").exists()
 
     def test_links(self, source: Path, tmp_path: Path) -> None:
@@ -266,6 +277,37 @@ class TestHalfWay:
             shutil.copy(pinned / name, source / name)
         convert(source, unfinished, REQUEST)
         assert tree(unfinished) == reference
+
+
+def test_a_disk_that_gives_back_other_bytes(
+    source: Path, tmp_path: Path, small_cuts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the source is the only sound copy, and stays."""
+
+    def wrong(path: Path, start: int, stop: int, sum: Any) -> None:
+        sum.update(bytes(stop - start))
+
+    before = tree(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(moving, "rehash", wrong)
+        with pytest.raises(WriteError, match="gives back other bytes"):
+            convert(source, tmp_path / "out", Request("hf"), move=True)
+    assert tree(source) == before
+    convert(source, tmp_path / "out", Request("hf"), move=True)
+    assert not shards(source)
+
+
+def test_a_shard_is_in_use_until_the_last_step_that_reads_it(pinned: Path) -> None:
+    index = json.loads((pinned / INDEX).read_text())["weight_map"]
+    for request in (REQUEST, Request("hf")):
+        expected: dict[str, int] = {}
+        with Checkpoint.open(pinned) as source:
+            plan = make_plan(source, request)
+            for done, step in enumerate(plan.steps, 1):
+                scale_alone = step.out.is_scale  # made of the scales alone, in both requests
+                names = [held.name for held in source.stored(step.spec)][scale_alone:]
+                expected |= {index[name]: done for name in names}
+            assert last_uses(plan) == expected
 
 
 def test_a_disk_that_cannot_hold_both(disk: Disk, tmp_path: Path, small_cuts: None) -> None:

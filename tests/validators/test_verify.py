@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import convert
 from dsv4_quant.errors import SourceChangedError, UnreadableError, UsageError
 from dsv4_quant.validators.quantisation import config_differences
-from dsv4_quant.validators.report import Report
+from dsv4_quant.validators.report import Level, Report
 from dsv4_quant.validators.verify import judge, verify
 from tests.conversion.checkpoints import digests
 from tests.folders import INDEX, copy_of, edited_file, edited_json, golden
@@ -155,7 +156,7 @@ def test_nothing_is_found_in_the_structure_of_a_real_release(tmp_path: Path) -> 
 def test_a_file_that_cannot_be_read_is_a_finding(
     sound: Sound, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Checkpoint.read_rows
+    root, plain = sound("fp4"), Checkpoint.read_rows
 
     def failing(self: Checkpoint, name: str, start: int, stop: int) -> Any:
         if name == WO_A:
@@ -165,7 +166,7 @@ def test_a_file_that_cannot_be_read_is_a_finding(
         return plain(self, name, start, stop)
 
     monkeypatch.setattr(Checkpoint, "read_rows", failing)
-    report = verify(sound("fp4"), workers=2)
+    report = verify(root, workers=2)
     assert [(f.check, f.file, f.tensor) for f in report.findings] == [("reading", SHARDS[0], WO_A)]
     assert "Input/output error" in report.findings[0].found
 
@@ -176,11 +177,28 @@ def test_a_file_that_cannot_be_hashed_is_a_finding(
     def failing(path: Path, *_: object) -> str:
         raise OSError(5, "Input/output error", str(path))
 
+    root = sound("fp4")
     monkeypatch.setattr("dsv4_quant.validators.work.hash_file", failing)
-    report = verify(sound("fp4"), "checksums", workers=2)
+    report = verify(root, "checksums", workers=2)
     assert {(f.check, f.found) for f in report.findings} == {
         ("bytes", "cannot be read: Input/output error")
     }
+
+
+@pytest.mark.parametrize("level", ["checksums", "values"])
+def test_too_many_open_files_are_no_damage(
+    level: Level, sound: Sound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They say nothing of the checkpoint: there is no verdict then."""
+
+    def failing(*_: object) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    root = sound("fp4")
+    place = {"checksums": "validators.work.hash_file", "values": "checkpoint.reader.os.open"}
+    monkeypatch.setattr(f"dsv4_quant.{place[level]}", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        verify(root, level, workers=2)
 
 
 def test_a_difference_is_told_with_place_and_size(tmp_path: Path) -> None:
