@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +15,7 @@ from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.reading import describe_reading
 from dsv4_quant.cli.sources import found
+from dsv4_quant.cli.tables import filled
 from dsv4_quant.cli.together import here
 from dsv4_quant.cli.tokens import read_tokens
 from dsv4_quant.errors import UsageError
@@ -140,11 +139,7 @@ def describe(made: Fingerprint, output: Path, size: int) -> str:
 
 def _line(name: str, value: str) -> str:
     """As many lines as it takes, the name on the left."""
-    width = max(shutil.get_terminal_size((80, 24)).columns, 40)
-    return textwrap.fill(
-        f"{name:10}{value}", width, subsequent_indent=" " * 10,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+    return filled(value, f"{name:10}")
 
 
 def _described(measured: Measured) -> dict[str, str]:

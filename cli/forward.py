@@ -15,7 +15,7 @@ from dsv4_quant.cli.options import At, Computes, Debug, Device, Json, Quiet
 from dsv4_quant.cli.output import emit
 from dsv4_quant.cli.progress import shown
 from dsv4_quant.cli.reading import describe_reading
-from dsv4_quant.cli.tables import duration, size
+from dsv4_quant.cli.tables import duration, filled, size
 from dsv4_quant.cli.tokens import read_tokens
 from dsv4_quant.hub import resolve
 
@@ -120,7 +120,7 @@ def command(
         f" prompt{'s' if len(prompts) > 1 else ''}, {size(needed)} in {duration(seconds)}\n"
         f"{arithmetic} arithmetic, {activations} activations; experts used per layer:"
         f" {min(hit)} to {max(hit)} of {checkpoint.config.n_routed_experts}\n"
-        f"{describe_reading(result.reading)}"
+        f"{filled(describe_reading(result.reading))}"
     )
     facts = {
         "output": str(output),

@@ -8,8 +8,10 @@ its top, like any module, and ``--help`` still answers at once.
 from __future__ import annotations
 
 import gc
+import resource
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -33,6 +35,8 @@ COMMANDS = {
     "synth": "Make a seeded random checkpoint in the published format.",
 }
 """Name -> one-line help. The command lives in the file of that name."""
+
+ENOUGH_FILES = 1 << 16
 
 QUIET_TYPER: dict[str, Any] = {
     "rich_markup_mode": None,
@@ -97,11 +101,21 @@ def _root(
     """
 
 
+def _allow_many_files() -> None:
+    """As many open files as the system lets us have: every shard and every output file is one."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH_FILES if most == resource.RLIM_INFINITY else min(most, ENOUGH_FILES)
+    if now < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
 def main() -> None:
     """Runs the command line and exits with its code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
+    _allow_many_files()
     gc.set_threshold(200_000, 20, 20)  # headers are a million objects that live: don't walk them
     try:
         app(prog_name="dsv4-quant")

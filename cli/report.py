@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsv4_quant.cli.options import writable
+from dsv4_quant.cli.tables import filled
 from dsv4_quant.errors import UsageError, WriteError
 from dsv4_quant.progress import Progress
 
@@ -143,11 +144,12 @@ def closeness_lines(judged: Closeness | None) -> list[str]:
         return []
     kl = "" if judged.kl is None else f", KL {judged.kl:.3g} nats (at most {judged.kl_limit:g})"
     same = "" if judged.top1 is None else (
-        f", likeliest token the same at {judged.top1:.1%} of {judged.clear} clear spots"
+        f", likeliest token the same at {judged.top1:.1%} of the {judged.clear} spots that have a"
+        f" clear one"
         f" (at least {judged.top1_limit:.0%})"
     )  # fmt: skip
     verdict = "holds" if judged.holds else "DOES NOT HOLD"
-    return [f"answers       gate {judged.gate} {verdict}{kl}{same}"]
+    return [filled(f"gate {judged.gate} {verdict}{kl}{same}", "answers       ")]
 
 
 def write_page(report: ConvertReport, src: str, file: str, judged: Closeness | None) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
-
-from dsv4_quant.cli.tables import table
+from dsv4_quant.cli.tables import filled, table
 from dsv4_quant.reports.figures import (
     decibels,
     magnitude,
@@ -31,7 +28,7 @@ def describe(rows: Rows) -> str:
         return "requantised   nothing"
     lines = [_line(name, held) for name, held in casts(rows).items()]
     lines.append(_apart(rows))
-    return "\n".join([*lines, "", worst_table(rows, WORST), "", _filled(LEGEND, "")])
+    return "\n".join([*lines, "", worst_table(rows, WORST), "", filled(LEGEND, "")])
 
 
 def worst_table(rows: Rows, count: int) -> str:
@@ -63,7 +60,7 @@ def _line(name: str, rows: Rows) -> str:
         _values("flushed", cost.flushed, cost.values),
         f"{percent(cost.exact_share)} of the blocks exact",
     ]
-    return _filled(", ".join(said), "requantised   ")
+    return filled(", ".join(said), "requantised   ")
 
 
 def _values(what: str, count: int, of: int) -> str:
@@ -74,13 +71,13 @@ def _apart(rows: Rows) -> str:
     found = apart(rows)
     kind = f"more than {APART:g} dB below the median of its kind"
     if not found:
-        return _filled(f"none is {kind}", "apart         ")
+        return filled(f"none is {kind}", "apart         ")
     first = found[0]
     said = (
         f"{len(found):,} of {len(rows):,} weights, each {kind}; the worst, {first.row.name},"
         f" has {decibels(first.row.cost.sqnr)} dB, its kind {decibels(first.typical)}"
     )
-    return _filled(said, "apart         ")
+    return filled(said, "apart         ")
 
 
 def _whole(share: float) -> str:
@@ -88,11 +85,3 @@ def _whole(share: float) -> str:
     if 0 < share < 0.01:
         return "<1%"
     return ">99%" if 0.99 < share < 1 else f"{100 * share:.0f}%"
-
-
-def _filled(text: str, first: str) -> str:
-    width = max(min(shutil.get_terminal_size((80, 24)).columns, 100), 40)
-    return textwrap.fill(
-        text, width, initial_indent=first, subsequent_indent=" " * len(first),
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip

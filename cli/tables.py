@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Sequence
 
 GAP = "  "
@@ -34,6 +35,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> s
 
 def _clipped(cell: str, width: int) -> str:
     return cell if len(cell) <= width else cell[: width - 1] + "…"
+
+
+def filled(text: str, first: str = "") -> str:
+    """As many lines as it takes, up to 100 columns; ``first`` stands before the first, and as much
+    room before the others. Names and paths stay whole."""
+    width = max(min(shutil.get_terminal_size((80, 24)).columns, 100), 40)
+    return textwrap.fill(
+        text, width, initial_indent=first, subsequent_indent=" " * len(first),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def size(count: float) -> str:

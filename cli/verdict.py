@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from pathlib import Path
 
 from dsv4_quant.cli.reading import describe_reading
-from dsv4_quant.cli.tables import duration, size, table
+from dsv4_quant.cli.tables import duration, filled, size, table
 from dsv4_quant.validators.junit import to_junit
 from dsv4_quant.validators.report import Finding, Report, Rounded
 
@@ -39,9 +36,9 @@ def describe(report: Report) -> str:
     if report.rounded is not None and report.rounded.as_declared:
         parts[0] += f"\n{_rounded(report.rounded)}"
     if report.forward is not None:
-        parts += ["\n".join(_filled(f"forward: {report.forward}", 0))]
+        parts += [filled(f"forward: {report.forward}")]
     if report.reading is not None:
-        parts[-1] += "\n" + "\n".join(_filled(describe_reading(report.reading), 0))
+        parts[-1] += "\n" + filled(describe_reading(report.reading))
     rows = [
         [
             check.level,
@@ -85,28 +82,19 @@ def _seconds(seconds: float) -> str:
 
 def findings_text(findings: Iterable[Finding]) -> Iterator[str]:
     """One paragraph per kind of finding, the first ones with where and what; 80 columns."""
-    for (severity, check, meaning), same in groupby(
-        findings, key=lambda one: (one.severity, one.check, one.meaning)
-    ):
-        some = list(same)
+    kinds: dict[tuple[str, str, str], list[Finding]] = {}
+    for one in findings:  # kinds take turns where a weight and its scale are both missing
+        kinds.setdefault((one.severity, one.check, one.meaning), []).append(one)
+    for (severity, check, meaning), some in kinds.items():
         count = f", {len(some):,} times" if len(some) > 1 else ""
-        lines = [f"{severity.upper()} {check}{count}", *_filled(meaning, 2)]
+        lines = [f"{severity.upper()} {check}{count}", filled(meaning, "  ")]
         for finding in some[:SHOWN]:
             where = [part for part in (finding.file, finding.tensor) if part]
-            lines += _filled(" ".join(where), 2, "- ") if where else []
-            lines += _filled(_HASH.sub(r"\1...", finding.what), 4)
+            lines += [filled(" ".join(where), "  - ")] if where else []
+            lines.append(filled(_HASH.sub(r"\1...", finding.what), "    "))
         if len(some) > SHOWN:
             lines.append(f"  ... and {len(some) - SHOWN:,} more; --json FILE has all of them")
         yield "\n".join(lines)
-
-
-def _filled(text: str, indent: int, mark: str = "") -> list[str]:
-    width = min(shutil.get_terminal_size((80, 24)).columns, 100)
-    first = " " * indent + mark
-    return textwrap.wrap(
-        text, max(width, 40), initial_indent=first, subsequent_indent=" " * len(first),
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
 
 
 def github_lines(report: Report) -> Iterator[str]:

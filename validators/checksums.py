@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -23,10 +24,10 @@ def hash_file(
     """A file's hashes of these kinds, read once, through the buffer. Raises OSError."""
     hashes, view = {kind: new_hash(kind) for kind in kinds}, buffer.data
     with path.open("rb", buffering=0) as file:
-        at = 0
-        will_read(file.fileno(), 0, WINDOW)
+        at, end = 0, os.fstat(file.fileno()).st_size
+        will_read(file.fileno(), 0, min(WINDOW, end))
         while count := file.readinto(view):
-            will_read(file.fileno(), at + WINDOW, at + WINDOW + count)
+            will_read(file.fileno(), at + WINDOW, min(at + WINDOW + count, end))
             at += count
             for hash in hashes.values():
                 hash.update(view[:count])

@@ -51,7 +51,8 @@ class Verdict:
         found = self.comparison
         figures = []
         if found.top1 is not None:
-            figures = [f"likeliest token {found.top1:.1%} of {found.clear} clear spots"]
+            clear = f"the {found.clear} spots that have a clear one"
+            figures = [f"likeliest token the same at {found.top1:.1%} of {clear}"]
         if found.kl is not None:
             figures.append(f"KL {found.kl:.2g} nats")
         if found.steps:

@@ -84,10 +84,11 @@ class Work:
         panels = {} if values is None else dict(values.panels())
         alone = (file for file in self.to_hash if file not in panels)
         yield from sorted(alone, key=lambda file: -self.sizes[file])  # a long one last waits alone
+        if values is None:
+            return
         for file, items in panels.items():
             if file in self.to_hash:
                 yield file
-            assert values is not None
             yield from announced(items, values.announce)
 
     def _hash(self, file: str, buffer: Bytes) -> None:

@@ -16,8 +16,9 @@ from typing import TypeVar
 WINDOW = 64 << 20
 """Bytes that are on their way before they are read; in the page cache, not in this process."""
 
-PIECE = 512 << 10
-"""Linux takes no more at once than the disk does in one request, and drops the rest."""
+PIECE = 1 << 17
+"""Of what is announced at once, Linux drops all beyond its read-ahead, or the disk's largest
+request. This is the read-ahead that nobody has changed."""
 
 Item = TypeVar("Item")
 

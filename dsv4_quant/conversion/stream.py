@@ -183,8 +183,9 @@ class Stream:
         count = 0
         for bite in batch:
             step = self._plan.steps[bite.step]
-            rows = step.spec.name, bite.start, bite.stop
-            count += self._plan.source.announce(*rows, codes=step.needs_codes, copies=True)
+            rows, codes = (step.spec.name, bite.start, bite.stop), step.needs_codes
+            copies = not codes or (step.owned and not step.out.is_scale)  # as ``_take`` reads them
+            count += self._plan.source.announce(*rows, codes=codes, copies=copies)
         return count
 
     def _take(self, bite: Bite, hasher: LeafHasher, casts: Casts) -> None:

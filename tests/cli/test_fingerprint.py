@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,10 @@ def test_what_is_recorded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0, result.output
     made = read_fingerprint(out)
     assert made.measured is not None
-    told = {line.split()[0]: line for line in result.stdout.splitlines()}
+    whole = re.sub(r"\n {10}", " ", result.stdout)
+    told = {line.split()[0]: line for line in whole.splitlines()}
     assert told["file"] == f"file      {out}, {out.stat().st_size:,} bytes"
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
     assert "5 prompts, 410 tokens" in told["run"]
     assert "8 of 8 in each of 1 hash layers; 8 of 8 in each of 5 scored layers" in told["experts"]
     assert "64 entries of 4 tokens" in told["reached"] and "indexer keeps 8" in told["reached"]

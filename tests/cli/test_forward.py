@@ -94,8 +94,9 @@ def test_facts_and_progress(tokens: Path, tmp_path: Path) -> None:
     assert reading["bytes_read"] == reading["bytes_needed"] > 1_000_000
     assert 0 <= reading["waiting_seconds"] <= reading["seconds"] <= said["seconds"]
     amount = size(reading["bytes_read"])
-    assert f"read {amount} of {amount} needed in" in result.stdout.splitlines()[-1]
-    assert "s waiting for the disk, which gave" in result.stdout
+    assert f"read {amount} of {amount} needed in" in " ".join(result.stdout.split())
+    assert "s waiting for the disk, which gave" in " ".join(result.stdout.split())
+    assert all(len(line) <= 80 for line in result.stdout.splitlines()[1:])
     assert f", {amount} read" in result.stderr
     assert (said["tokens"], said["vocab_size"], said["arithmetic"]) == ([6, 1], 512, "exact")
     assert len(said["experts_hit"]) == 5 and all(said["experts_hit"])

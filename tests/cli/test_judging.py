@@ -80,6 +80,17 @@ def test_many_findings_of_a_kind_are_counted(root: Path) -> None:
     assert re.search(r"\.\.\. and \d+ more; --json FILE has all", done.stdout)
 
 
+def test_kinds_of_findings_that_take_turns_are_counted_together(root: Path) -> None:
+    """A missing shard misses weights and their scales, one after the other."""
+    (root / SHARD).unlink()
+    (root / "model.safetensors.index.json").unlink()
+    done = run("verify", root, "--level", "structure")
+    assert done.exit_code == 1
+    heads = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    assert len(heads) < 8 and len(done.stdout.splitlines()) < 100
+    assert len(re.findall(r"ERROR tensors, \d{2,} times", done.stdout)) == 2
+
+
 def test_json_on_stdout_is_alone(damaged: Path) -> None:
     done = run("verify", damaged, "--level", "checksums", "--json", "-")
     assert done.exit_code == 1

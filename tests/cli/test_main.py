@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -164,3 +165,21 @@ def test_names_that_no_terminal_can_show(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert b'\\udcff\\udce9"' in done.stdout
+
+
+def test_as_many_files_are_opened_as_may_be() -> None:
+    """Every shard and every output file stays open; many shells allow 1,024."""
+    program = f"""
+import resource, sys
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, min(most, 4096)))
+from dsv4_quant.cli.main import main
+sys.argv = ["dsv4-quant", "inspect", {str(golden("tiny-fp4"))!r}]
+try:
+    main()
+finally:
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = python("-c", program)
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 4096)
+    assert done.stdout.splitlines()[-1] == f"({most}, {most})", done.stderr

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4_quant.cli.tables import duration, size, table
+from dsv4_quant.cli.tables import duration, filled, size, table
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,14 @@ def test_a_wide_table_gives_up_text_and_no_number(
 def test_a_terminal_that_is_too_narrow_keeps_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "10")
     assert "123,456,789" in table(["tensor", "n"], [["layers.0.attn", "123,456,789"]], "<>")
+
+
+def test_text_takes_as_many_lines_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "layers.0.ffn.experts.12.w1.weight-of-a-very-long-name-indeed"
+    for columns, width in ((10, 40), (60, 60), (300, 100)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        first, *others = filled(f"{'many words ' * 12}{name}", "- key  ").split("\n")
+        assert first.startswith("- key  many") and others
+        assert all(line.startswith("       ") and line[7] != " " for line in others)
+        assert all(len(line) <= width or line.strip() == name for line in (first, *others))
+        assert name in others[-1]
