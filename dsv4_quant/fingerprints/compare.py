@@ -21,6 +21,9 @@ from dsv4_quant.fingerprints.watcher import Routes
 CLEAR = 1.0
 """Nats by which the likeliest token must be ahead for its change to say anything."""
 
+ROUNDING = 1e-12
+"""Nats that sums in float64 may leave of a divergence of 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -137,14 +140,12 @@ def divergence(one: Doubles, other: Doubles) -> float:
 
     Never more than the divergence of the whole distributions.
     """
-    if np.array_equal(one, other):
-        return 0.0  # and not what rounding leaves of it
     p, q = np.exp(one), np.exp(other)
     rest_p, rest_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), 1e-12)
     total = float((p * (one - other)).sum())
     if rest_p > 0:
         total += float(rest_p * np.log(rest_p / rest_q))
-    return max(total, 0.0)
+    return total if total > ROUNDING else 0.0
 
 
 @dataclass(frozen=True, slots=True)
