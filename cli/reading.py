@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsv4_quant.cli.tables import duration, size
+from dsv4_quant.cli.tables import short, size
 
 if TYPE_CHECKING:
     from dsv4_quant.model import Reading
@@ -14,7 +14,7 @@ def describe_reading(reading: Reading) -> str:
     """Such as ``read 8.1 GiB of 8.1 GiB needed in 212 s: 3 s waiting for the disk, which ...``."""
     return (
         f"read {size(reading.bytes_read)} of {size(reading.bytes_needed)} needed in"
-        f" {_seconds(reading.seconds)}: {_seconds(reading.waited)} waiting for the disk, which gave"
+        f" {short(reading.seconds)}: {short(reading.waited)} waiting for the disk, which gave"
         f" {size(reading.rate)}/s while it was asked{_with(reading.device)}"
     )
 
@@ -22,7 +22,3 @@ def describe_reading(reading: Reading) -> str:
 def _with(device: str) -> str:
     """Nothing of the processor: it takes part in every pass."""
     return "" if device == "cpu" else f"; products by {device}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)

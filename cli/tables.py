@@ -68,3 +68,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def short(seconds: float) -> str:
+    """``0.4 s``; from ten seconds on a duration."""
+    return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)

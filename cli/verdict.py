@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsv4_quant.cli.reading import describe_reading
-from dsv4_quant.cli.tables import duration, filled, size, table
+from dsv4_quant.cli.tables import filled, short, size, table
 from dsv4_quant.validators.junit import to_junit
 from dsv4_quant.validators.report import Finding, Report, Rounded
 
@@ -46,7 +46,7 @@ def describe(report: Report) -> str:
             f"{check.tensors:,}" if check.tensors else "",
             f"{check.skipped:,}" if check.skipped else "",
             size(check.bytes),
-            _seconds(check.seconds),
+            short(check.seconds),
         ]
         for check in report.checks
     ]
@@ -64,7 +64,7 @@ def _verdict(report: Report) -> str:
     weights = max((check.tensors for check in report.checks), default=0)
     return (
         f"{word}: {said or 'nothing found'}; level {report.level}, {weights:,} weights,"
-        f" {size(read)} read in {_seconds(report.seconds)}"
+        f" {size(read)} read in {short(report.seconds)}"
     )
 
 
@@ -74,10 +74,6 @@ def _rounded(rounded: Rounded) -> str:
         count += f" of {rounded.declared:,}"
     sqnr = "" if rounded.sqnr is None else f", SQNR {rounded.sqnr:.2f} dB as the manifest states it"
     return f"rounded as declared: {count} weights{sqnr}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)
 
 
 def findings_text(findings: Iterable[Finding]) -> Iterator[str]:

@@ -15,7 +15,11 @@ from pathlib import Path
 
 from dsv4_quant.checkpoint.manifest import FileRecord
 from dsv4_quant.checkpoint.sums import FileHash, HashKind, new_hash
+from dsv4_quant.durable import sync_folder
 from dsv4_quant.errors import SourceChangedError, WriteError
+
+NEW = ".new"
+"""Behind the name of a file that is not yet complete."""
 
 _DONT_CACHE = 0x80  # RWF_DONTCACHE: start writing back at once, then drop the pages (Linux 6.14)
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -151,6 +155,14 @@ def write_durably(path: Path, content: bytes | Path, kind: HashKind = "sha256") 
     except OSError as error:
         raise _failed(error, path) from None
     return FileRecord.of(size, kind, sum.hexdigest())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """A small file in the place of what is there: the one or the other, whatever happens."""
+    new = path.with_name(path.name + NEW)
+    write_durably(new, content)
+    new.replace(path)
+    sync_folder(path.parent)
 
 
 def _chunks(content: bytes | Path) -> Iterator[bytes]:

@@ -27,8 +27,8 @@ from dsv4_quant.checkpoint.folder import PARTIAL
 from dsv4_quant.checkpoint.manifest import MANIFEST
 from dsv4_quant.checkpoint.panels import work_in_threads
 from dsv4_quant.checkpoint.sums import FileHash, HashKind
-from dsv4_quant.conversion.files import prefix_hashes, write_durably
-from dsv4_quant.conversion.notes import NEW, Cut, Journal, Notes
+from dsv4_quant.conversion.files import NEW, prefix_hashes, replace_durably, write_durably
+from dsv4_quant.conversion.notes import Cut, Journal, Notes
 from dsv4_quant.durable import sync_folder
 from dsv4_quant.errors import BusyError, WriteError
 
@@ -209,10 +209,7 @@ class Workspace:
         """Says which conversion of which source frees files; durable before the first is gone."""
         self.freed.mkdir(exist_ok=True)
         if not (self.freed / _SIGNATURE).exists():
-            new = self.freed / f"signature{NEW}"
-            write_durably(new, signature.encode())
-            new.replace(self.freed / _SIGNATURE)
-            sync_folder(self.freed)
+            replace_durably(self.freed / _SIGNATURE, signature.encode())
             sync_folder(self.folder)
 
     def check_move(self, signature: str) -> None:

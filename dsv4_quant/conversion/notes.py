@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4_quant.conversion.files import write_durably
-from dsv4_quant.durable import hashed_line, sync_folder, whole_lines
+from dsv4_quant.conversion.files import replace_durably
+from dsv4_quant.durable import hashed_line, whole_lines
 from dsv4_quant.errors import WriteError
-
-NEW = ".new"
-"""Behind the name of a file that is not yet complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +58,7 @@ class Notes:
     def start(self, journal: Journal) -> None:
         """Writes a journal in place of what is there, to be continued."""
         lines = [{"plan": journal.plan, "stamps": journal.stamps}, *map(_cut_line, journal.cuts)]
-        new = self._path.with_name(self._path.name + NEW)
-        write_durably(new, b"".join(map(hashed_line, lines)))
-        new.replace(self._path)
-        sync_folder(self._path.parent)
+        replace_durably(self._path, b"".join(map(hashed_line, lines)))
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def record(self, cut: Cut) -> None:

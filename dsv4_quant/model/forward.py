@@ -92,7 +92,7 @@ def forward(
         check_mtp(config)
     observer = observer or Observer()
     multiplying = products_on(device, threads, local=local, refused=observer.note)
-    with multiplying as products, _one_torch_thread(), Reader(ckpt) as reader:
+    with multiplying as products, one_torch_thread(), Reader(ckpt) as reader:
         a = Arithmetic(arithmetic == "deployed", activations == "bfloat16", products)
         batch = Batch([list(prompt) for prompt in prompts], decode)
         length = max(batch.lengths)
@@ -173,7 +173,7 @@ def _in_turn(ckpt: Source, blocks: int) -> list[list[Wanted]]:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """PyTorch's own operations here are elementwise and short: waking threads costs more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

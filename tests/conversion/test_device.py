@@ -41,6 +41,7 @@ from dsv4_quant.kernels import device_casts_torch, gpu_torch
 from dsv4_quant.kernels.device_casts_torch import DeviceCasts
 from dsv4_quant.kernels.gpu_torch import check_usable
 from dsv4_quant.kernels.lane_torch import ALIGNED, Lane
+from dsv4_quant.model.forward import one_torch_thread
 from dsv4_quant.team import Team
 from tests.conversion.checkpoints import config, formats, tree, wild, write_checkpoint, write_hollow
 
@@ -60,10 +61,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture

@@ -258,16 +258,22 @@ def test_killed_it_continues_with_the_same_figures(
     assert tree(out) == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0])
-def test_infinities_and_nan_are_refused_with_their_place(bits: int, tmp_path: Path) -> None:
-    def broken(tensor: StoredTensor, rng: np.random.Generator) -> NDArray[Any] | None:
+def with_one_value(root: Path, name: str, at: tuple[int, int], bits: int) -> Path:
+    """A BF16 checkpoint that is ordinary but for one value."""
+
+    def values(tensor: StoredTensor, rng: np.random.Generator) -> NDArray[Any] | None:
         made = ordinary(tensor, rng)
-        if made is not None and tensor.name == "layers.0.ffn.experts.1.w2.weight":
-            made[5, 77] = bits
+        if made is not None and tensor.name == name:
+            made[at] = bits
         return made
 
     raw = config(**ONE, quantization_config=None, expert_dtype=None)
-    source = write_checkpoint(tmp_path / "src", raw, SOURCES["bf16"], values=broken)
+    return write_checkpoint(root, raw, SOURCES["bf16"], values=values)
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0])
+def test_infinities_and_nan_are_refused_with_their_place(bits: int, tmp_path: Path) -> None:
+    source = with_one_value(tmp_path / "src", "layers.0.ffn.experts.1.w2.weight", (5, 77), bits)
     with pytest.raises(NotANumberError) as caught:
         convert(source, tmp_path / "out", Request("hf", 1, "fp4", lossy=True))
     assert caught.value.tensor == "layers.0.ffn.experts.1.w2.weight"
@@ -293,15 +299,7 @@ def test_least_squares_is_never_worse_in_any_weight(
 @pytest.mark.parametrize(("experts", "bits"), [("fp4", 0x7F7F), ("fp8", 0x7F7F), ("fp4", 0x7F61)])
 def test_nothing_is_rounded_to_infinity(experts: Any, bits: int, tmp_path: Path) -> None:
     """The nearest code times its scale may be 2**128, which no float32 reader can hold."""
-
-    def huge(tensor: StoredTensor, rng: np.random.Generator) -> NDArray[Any] | None:
-        made = ordinary(tensor, rng)
-        if made is not None and tensor.name == "layers.0.ffn.experts.0.w3.weight":
-            made[9, 40] = bits
-        return made
-
-    raw = config(**ONE, quantization_config=None, expert_dtype=None)
-    source = write_checkpoint(tmp_path / "src", raw, SOURCES["bf16"], values=huge)
+    source = with_one_value(tmp_path / "src", "layers.0.ffn.experts.0.w3.weight", (9, 40), bits)
     with pytest.raises(NotANumberError, match="row 9, column 40 rounds to 2\\*\\*128") as caught:
         convert(source, tmp_path / "out", Request("hf", 1, experts, lossy=True))
     assert caught.value.tensor == "layers.0.ffn.experts.0.w3.weight"

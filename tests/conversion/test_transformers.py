@@ -25,6 +25,7 @@ from dsv4_quant.catalogue import StoredTensor
 from dsv4_quant.conversion.request import Request
 from dsv4_quant.conversion.run import convert
 from dsv4_quant.formats.e2m1 import VALUES as FP4_VALUES
+from dsv4_quant.model.forward import one_torch_thread
 from tests.conversion.checkpoints import config, formats, write_checkpoint
 from tests.folders import golden
 
@@ -33,12 +34,10 @@ PROMPTS = [[355, 206, 495], [int(n) for n in np.random.default_rng(0).integers(0
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(threads)
+    with one_torch_thread():
+        yield
 
 
 def load(path: Path) -> Any:

@@ -22,6 +22,7 @@ from dsv4_quant.formats.blocks import F32
 from dsv4_quant.kernels import gpu_torch, ops
 from dsv4_quant.kernels.device_products_torch import DeviceProducts
 from dsv4_quant.model import Observer, Result, forward, on_device
+from dsv4_quant.model.forward import one_torch_thread
 from dsv4_quant.model.linear import Workers, as_weight
 from dsv4_quant.model.on_device import OnDevice, check_products, products_on, same_bits
 from tests.folders import golden
@@ -37,10 +38,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """PyTorch's own threads would wait for each other's small pieces."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import torch
 from dsv4_quant.checkpoint import Checkpoint
 from dsv4_quant.formats.blocks import F32, Tensor
 from dsv4_quant.model import forward
+from dsv4_quant.model.forward import one_torch_thread
 from tests.folders import golden
 from tests.model.random_model import (
     MemorySource,
@@ -78,10 +79,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """For transformers; its many small operations only get slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_torch_thread():
+        yield
 
 
 @pytest.mark.parametrize("name", CONFIGS)
